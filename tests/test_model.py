@@ -1,0 +1,251 @@
+"""The model: densities, the KL, priors, pseudo-inputs, sampling, shapes."""
+import math
+
+import pytest
+import torch
+from torch import distributions as D
+
+from models.vamp_flow import CrossFlowVampVAE, component_log_probs, log_mixture, log_normal, perturb_
+
+SMALL = dict(in_channels=1, img_size=8, latent_dim=8, hidden_dims=(8, 12), num_components=5, flow_length=3, flow_seq_len=2,
+             flow_embed_dim=16, flow_heads=2, flow_layers=1)
+
+
+def make(perturb=0.05, dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    model = CrossFlowVampVAE(**{**SMALL, **kwargs}).to(dtype).eval()
+    return perturb_(model, perturb, torch.Generator().manual_seed(1)) if perturb else model
+
+
+def images(n=4, channels=1, size=8, dtype=torch.float64):
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(3), dtype=dtype) * 2 - 1
+
+
+# -- densities --------------------------------------------------------------------------------------------------------
+
+def test_log_normal_matches_torch_distributions():
+    torch.manual_seed(0)
+    z, mu, logvar = (torch.randn(7, 5, dtype=torch.float64) for _ in range(3))
+    expected = D.Independent(D.Normal(mu, (logvar / 2).exp()), 1).log_prob(z)
+    assert torch.allclose(log_normal(z, mu, logvar), expected, rtol=0, atol=1e-12)
+
+
+def test_log_mixture_matches_torch_distributions():
+    torch.manual_seed(0)
+    z, mu, logvar = torch.randn(7, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    mixture = D.MixtureSameFamily(D.Categorical(torch.ones(3).double()),
+                                  D.Independent(D.Normal(mu, (logvar / 2).exp()), 1))
+    assert torch.allclose(log_mixture(z, mu, logvar), mixture.log_prob(z), rtol=0, atol=1e-12)
+    assert component_log_probs(z, mu, logvar).shape == (7, 3)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mixture_in_float32_is_within_a_thousandth_of_a_nat_at_the_smallest_sigma(autocast):
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(20, 128), torch.full((20, 128), -10.0)
+    z = mu[torch.randint(20, (64,))] + math.exp(-5) * torch.randn(64, 128)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = log_mixture(z, mu, logvar)
+    exact = log_mixture(z.double(), mu.double(), logvar.double())
+    assert got.dtype == torch.float32
+    assert (got - exact).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(flow_prior="pushed"), dict(prior="mog"), dict(prior="standard"),
+                                    dict(flow_length=0), dict(flow_context="encoder")])
+def test_log_prior_is_a_density_and_the_one_kl_uses(kwargs):
+    model = make(latent_dim=4, **kwargs)
+    with torch.no_grad():
+        x = images()
+        out = model(x)
+        assert torch.allclose(model.kl_terms(out).log_p, model.log_prior(out.zK), rtol=0, atol=1e-9)
+        # Importance sampling with a wide Gaussian: the density integrates to one.
+        generator = torch.Generator().manual_seed(0)
+        samples = model.sample_latents(2000, generator=generator)
+        mean, std = samples.mean(0), 1.5 * samples.std(0)
+        z = mean + std * torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
+        weights = (model.log_prior(z) - log_normal(z, mean, 2 * std.log())).exp()
+    assert abs(weights.mean() - 1) < 5 * weights.std() / len(z) ** 0.5 + 1e-3
+    assert weights.std() / len(z) ** 0.5 < 0.05
+
+
+# -- the KL -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kwargs", [dict(prior="standard", flow_length=0), dict(prior="standard"), {}, dict(prior="mog"),
+                                    dict(flow_prior="pushed"), dict(flow_context="encoder")])
+def test_kl_equals_a_long_monte_carlo_average(kwargs):
+    """Against log q(zK|x) built independently: the base normal in torch.distributions, the autograd Jacobian of the
+    flow, and the prior by torch.distributions."""
+    model = make(**kwargs)
+    x, n = images(1), 4_000
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        mu_k, logvar_k = model.prior_params()
+        eps = torch.randn(n, 8, generator=generator, dtype=torch.float64)
+        kl = model.kl_terms(model(x.expand(n, -1, -1, -1), eps, (mu_k, logvar_k))).kl
+        mu, logvar, context = model.posterior(x)
+    prior = D.MixtureSameFamily(D.Categorical(torch.ones(len(mu_k)).double()),
+                                D.Independent(D.Normal(mu_k, (logvar_k / 2).exp()), 1))
+    base = D.Independent(D.Normal(mu, (logvar / 2).exp()), 1)
+    z0 = base.sample((100,))[:, 0]
+    values = []
+    for z in z0:
+        if model.flow is None:
+            log_det, zK = 0.0, z
+        else:
+            zK = model.flow(z[None], context)[0][0].detach()
+            copies = z.repeat(8, 1).requires_grad_(True)                # row i differentiates output i
+            out = model.flow(copies, None if context is None else context.expand(8, -1, -1))[0]
+            jacobian = torch.autograd.grad(out, copies, torch.eye(8, dtype=torch.float64))[0]
+            log_det = torch.linalg.slogdet(jacobian).logabsdet
+        log_p = prior.log_prob(z) - log_det if kwargs.get("flow_prior") == "pushed" else prior.log_prob(zK)
+        values.append(base.log_prob(z)[0] - log_det - log_p)
+    values = torch.stack(values)
+    error = values.std() / len(values) ** 0.5 + kl.std() / n ** 0.5
+    assert abs(values.mean() - kl.mean()) < 4 * error
+    if kwargs == dict(prior="standard", flow_length=0):
+        exact = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum()
+        assert abs(kl.mean() - exact) < 4 * kl.std() / n ** 0.5
+
+
+def test_pushed_prior_reproduces_the_kl_without_a_flow():
+    pushed = make(flow_prior="pushed")
+    plain = make(flow_length=0)
+    plain.load_state_dict({k: v for k, v in pushed.state_dict().items() if not k.startswith("flow.")})
+    x, eps = images(), torch.randn(4, 8, dtype=torch.float64)
+    a, b = pushed(x, eps), plain(x, eps)
+    assert torch.allclose(pushed.kl_terms(a).kl, plain.kl_terms(b).kl, rtol=0, atol=1e-9)
+    assert a.log_det.abs().max() > 0.01
+    unflowed = make()
+    unflowed.load_state_dict(pushed.state_dict())
+    assert not torch.allclose(unflowed.kl_terms(unflowed(x, eps)).kl, plain.kl_terms(b).kl, atol=0.1)
+
+
+def test_amortised_flow_depends_on_the_image():
+    model = make(flow_context="encoder")
+    with torch.no_grad():
+        context = model.posterior(images(2))[2]
+        zK, _ = model.flow(torch.zeros(2, 8, dtype=torch.float64), context)
+    assert context.shape == (2, 4, 12) and (zK[0] - zK[1]).abs().max() > 1e-4
+    assert make().posterior(images(2))[2] is None
+
+
+# -- priors and pseudo-inputs -----------------------------------------------------------------------------------------
+
+def test_prior_params_of_each_prior():
+    for prior, shape in (("vamp", (5, 8)), ("mog", (5, 8)), ("standard", (1, 8))):
+        model = make(prior=prior)
+        mu, logvar = model.prior_params()
+        assert mu.shape == logvar.shape == shape
+        assert (model.pseudo_inputs is None) == (prior != "vamp")
+        if prior == "standard":
+            assert not mu.any() and not logvar.any()
+    model = make()
+    assert torch.equal(model.prior_params()[0], model.encode(model.pseudo_inputs)[0])
+
+
+def test_pseudo_inputs_stay_in_range_and_saturated_entries_get_a_gradient():
+    model = make()
+    with torch.no_grad():
+        model.pseudo_raw.mul_(10)
+    assert model.pseudo_raw.abs().max() > 1 and model.pseudo_inputs.abs().max() == 1
+    out = model(images())
+    model.kl_terms(out).kl.mean().backward()
+    saturated = model.pseudo_raw.detach().abs() >= 1
+    assert saturated.any() and (model.pseudo_raw.grad[saturated] != 0).all()
+    model.project_()
+    assert model.pseudo_raw.abs().max() <= 1
+
+
+def test_prior_starts_at_images():
+    for prior in ("vamp", "mog"):
+        model = make(prior=prior)
+        x = images(5)
+        mu, logvar = model.encode(x)
+        model.init_prior(x)
+        assert torch.allclose(model.prior_params()[0], mu) and torch.allclose(model.prior_params()[1], logvar)
+
+
+def test_batching_pseudo_inputs_with_images_changes_nothing():
+    model = make()
+    x, eps = images(), torch.randn(4, 8, dtype=torch.float64)
+    together, apart = model(x, eps), model(x, eps, model.prior_params())
+    for a, b in zip(together, apart):
+        assert torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+def test_logvar_clamp_is_the_same_everywhere():
+    model = make(logvar_clamp=(-0.01, 0.01))
+    with torch.no_grad():
+        model.encoder.head.weight.mul_(50)
+    out = model(images())
+    for logvar in (out.logvar, out.logvar_k, model.encode(images())[1], model.prior_params()[1]):
+        assert logvar.min() >= -0.01 and logvar.max() <= 0.01 and logvar.abs().max() == 0.01
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+def test_samples_of_the_default_prior_are_the_mixture_and_skip_the_flow():
+    model = make(prior="mog", num_components=2)
+    with torch.no_grad():
+        model.prior_mu.copy_(torch.stack([torch.full((8,), -5.0), torch.full((8,), 5.0)]))
+        model.prior_logvar.fill_(2 * math.log(0.1))
+        z = model.sample_latents(4000, generator=torch.Generator().manual_seed(0))
+    right = z[:, 0] > 0
+    assert abs(right.float().mean() - 0.5) < 0.05
+    assert torch.allclose(z[right].mean(0), torch.full((8,), 5.0).double(), atol=0.02)
+    assert torch.allclose(z[right].std(0), torch.full((8,), 0.1).double(), atol=0.02)
+
+
+def test_samples_of_the_pushed_prior_go_through_the_flow():
+    model = make(flow_prior="pushed")
+    with torch.no_grad():
+        z = model.sample_latents(50, generator=torch.Generator().manual_seed(0))
+        model.flow_prior = "unflowed"
+        z0 = model.sample_latents(50, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(z, model.flow(z0)[0]) and not torch.allclose(z, z0)
+
+
+def test_sampling_is_seeded_and_temperature_narrows_it():
+    model = make()
+    a, b, c = (model.sample(3, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.shape == (3, 1, 8, 8) and a.abs().max() <= 1
+    with torch.no_grad():
+        cold = model.sample_latents(200, temperature=0.0, generator=torch.Generator().manual_seed(0))
+        mu_k = model.prior_params()[0]
+    assert torch.cdist(cold, mu_k).min(1).values.max() < 1e-6
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size,channels,dims", [(32, 3, (8, 8, 8, 8)), (48, 1, (8, 12)), (16, 3, (10,)), (8, 1, (5, 7, 9))])
+def test_any_size_that_divides(size, channels, dims):
+    model = make(perturb=0, dtype=torch.float32, in_channels=channels, img_size=size, hidden_dims=dims)
+    x = images(2, channels, size, torch.float32)
+    out = model(x)
+    assert out.recon.shape == x.shape and out.recon.abs().max() <= 1
+    assert out.zK.shape == out.mu.shape == (2, 8) and out.log_det.shape == (2,)
+    assert model.sample(2).shape == x.shape
+
+
+def test_default_model_has_about_20_million_parameters():
+    assert 18e6 < sum(p.numel() for p in CrossFlowVampVAE().parameters()) < 22e6
+
+
+@pytest.mark.parametrize("kwargs,name", [
+    (dict(img_size=10), "img_size 10"), (dict(latent_dim=6), "latent_dim 6"), (dict(num_components=0), "num_components"),
+    (dict(flow_prior="pushed", flow_context="encoder"), "pushed"), (dict(prior="gauss"), "prior"),
+    (dict(in_channels=2), "in_channels"), (dict(logvar_clamp=(1, -1)), "logvar_clamp"),
+])
+def test_constructor_refuses_by_name(kwargs, name):
+    with pytest.raises(ValueError, match=name):
+        make(**kwargs)
+
+
+def test_every_parameter_has_a_gradient():
+    for kwargs in ({}, dict(flow_context="encoder"), dict(prior="mog")):
+        model = make(**kwargs)
+        out = model(images())
+        (model.kl_terms(out).kl.mean() + (out.recon - images()).abs().sum()).backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
