@@ -1,0 +1,187 @@
+"""Images in and out: reading, resizing, splitting, listing, atomic files."""
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+from utils import (
+    MANIFEST,
+    LatentHealth,
+    StreamedImages,
+    UserError,
+    atomic_write,
+    decode_images,
+    image_grid,
+    list_images,
+    load_data,
+    read_image,
+    save_png,
+    seeded,
+    to_float,
+    to_uint8,
+)
+
+
+def flags(root, **kwargs):
+    return argparse.Namespace(**{**dict(dataset="folder", data_dir=str(root), img_size=8, in_channels=None, split_seed=0,
+                                        cache_gb=4.0, num_workers=0), **kwargs})
+
+
+def test_to_uint8_inverts_to_float_and_rounds():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(every)), every)
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.003, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_png_round_trip_is_exact(tmp_path):
+    image = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
+    save_png(tmp_path / "a.png", image)
+    assert np.array_equal(read_image(tmp_path / "a.png"), image.permute(1, 2, 0).numpy())
+    assert image_grid(torch.stack([image, image, image]), 2).shape == (3, 2 * 11 + 2, 2 * 9 + 2)
+
+
+def test_kinds_of_image(tmp_path):
+    rng = np.random.default_rng(0)
+    grey16 = rng.integers(0, 65536, (6, 6), np.uint16)
+    Image.fromarray(grey16).save(tmp_path / "deep.png")
+    assert np.array_equal(read_image(tmp_path / "deep.png", 1), (grey16 // 257).astype(np.uint8))
+    rgb = rng.integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(np.dstack([rgb, np.zeros((4, 6), np.uint8)])).save(tmp_path / "alpha.png")
+    assert np.array_equal(read_image(tmp_path / "alpha.png"), rgb)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                 # camera held on its side
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(rgb, -1))
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "print.JPG", quality=100)
+    assert read_image(tmp_path / "print.JPG").shape == (4, 6, 3)
+    frames = [Image.fromarray(np.full((4, 4, 3), v, np.uint8)) for v in (10, 200)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert (read_image(tmp_path / "moving.webp") == 10).all()
+
+
+def test_image_bomb_is_refused_by_name(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"bomb.png: more than 1,000 pixels"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_resize_keeps_the_centre_and_antialiases(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255                                             # only the centre square is white
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert read_image(tmp_path / "wide.png", size=10).min() > 200
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    small = read_image(tmp_path / "stripes.png", size=16).astype(int)
+    assert abs(small.mean() - 127.5) < 3 and small[:, 2:-2].std() < 3          # without antialias: all 0 or all 255
+
+
+def test_listing_ignores_hidden_files_exports_and_loops(tmp_path, capsys):
+    write_images(tmp_path / "a", 2, size=4)
+    write_images(tmp_path / "real_cifar", 3, size=4)
+    (tmp_path / "real_cifar" / MANIFEST).write_text("{}")
+    (tmp_path / "a" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "a" / "notes.txt").write_text("")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "UPPER.JPG").write_bytes((tmp_path / "a" / "00000.png").read_bytes())
+    found = [p.name for p in list_images(tmp_path, skip_exports=True)]
+    assert found == ["00000.png", "00001.png", "UPPER.JPG"]
+    assert "exported images" in capsys.readouterr().out
+    assert len(list_images(tmp_path)) == 6
+
+
+def test_folder_splits(tmp_path):
+    write_images(tmp_path / "flat", 30, size=8)
+    train, held = load_data(flags(tmp_path / "flat"), "cpu")
+    assert (len(train), len(held)) == (27, 3) and train.shape == (3, 8, 8)
+    joined = torch.cat([train.images, held.images]).flatten(1)
+    assert len(joined.unique(dim=0)) == 30                           # nothing lost, nothing in both
+    again = load_data(flags(tmp_path / "flat"), "cpu")
+    assert torch.equal(again[1].images, held.images) and again[0].fingerprint == train.fingerprint
+    other = load_data(flags(tmp_path / "flat", split_seed=1), "cpu")
+    assert not torch.equal(other[1].images, held.images) and other[0].fingerprint != train.fingerprint
+    write_images(tmp_path / "split" / "train" / "cat", 4, size=8)
+    write_images(tmp_path / "split" / "val" / "cat", 2, size=8, seed=1)
+    assert [len(x) for x in load_data(flags(tmp_path / "split"), "cpu")] == [4, 2]
+    write_images(tmp_path / "one", 1, size=8)
+    assert [len(x) for x in load_data(flags(tmp_path / "one"), "cpu")] == [1, 1]
+
+
+def test_streamed_images_equal_cached_ones(tmp_path):
+    write_images(tmp_path / "train", 7, size=12)
+    write_images(tmp_path / "test", 2, size=12)
+    cached, streamed = (load_data(flags(tmp_path, cache_gb=g), "cpu")[0] for g in (4.0, 0.0))
+    assert isinstance(streamed, StreamedImages)
+    order = torch.tensor([4, 0, 6, 2, 5]).split(2)
+    for a, b in zip(cached.batches(order, torch.device("cpu")), streamed.batches(order, torch.device("cpu"))):
+        assert torch.equal(a, b)
+    assert torch.equal(cached.take([3, 1]), streamed.take([3, 1]))
+
+
+def test_a_worker_names_the_unreadable_image_in_one_line(tmp_path):
+    write_images(tmp_path / "train", 3, size=8)
+    write_images(tmp_path / "test", 1, size=8)
+    streamed = load_data(flags(tmp_path, cache_gb=0.0, num_workers=1), "cpu")[0]
+    (tmp_path / "train" / "00001.png").write_bytes(b"damaged")
+    with pytest.raises(UserError) as error:
+        list(streamed.batches(torch.arange(3).split(3), torch.device("cpu")))
+    assert str(error.value) == f"{tmp_path / 'train' / '00001.png'}: cannot be read as an image; delete or replace it"
+
+
+def test_digits_are_whole_and_need_no_folder():
+    train, held = load_data(flags("/nonexistent", dataset="digits"), "cpu")
+    assert len(train) + len(held) == 1797 and train.shape == (1, 8, 8) and train.images.max() == 255
+    assert load_data(flags("/nonexistent", dataset="digits", img_size=16, in_channels=3), "cpu")[0].shape == (3, 16, 16)
+
+
+def test_one_size_is_needed_where_none_is_given(tmp_path):
+    write_images(tmp_path / "a", 1, size=8)
+    write_images(tmp_path / "b", 1, size=9)
+    with pytest.raises(UserError, match="9x9 pixels"):
+        decode_images(list_images(tmp_path))
+
+
+def test_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="in the middle"), atomic_write(path) as f:
+        f.write(b"half")
+        raise RuntimeError("in the middle")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
+    with atomic_write(path) as f:
+        f.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_seeded_generators():
+    draw = [torch.rand(3, generator=seeded("cpu", *key)) for key in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2]) and not torch.equal(draw[0], draw[3])
+
+
+def test_latent_health_against_hand_made_numbers():
+    """Two of three units vary over x; two of four components share all the responsibility."""
+    from models.vamp_flow import KLTerms, VAEOutput
+    mu = torch.zeros(100, 3)
+    mu[:, 0], mu[:, 1] = torch.linspace(-2, 2, 100), 3 * torch.cat([torch.ones(50), -torch.ones(50)])
+    logvar = torch.log(torch.full((100, 3), 0.25))
+    mu_k = torch.tensor([[0.0, 3, 0], [0, -3, 0], [90, 0, 0], [-90, 0, 0]])
+    out = VAEOutput(mu, mu, logvar, mu, mu, torch.full((100,), 2.0), mu_k, torch.zeros(4, 3))
+    health = LatentHealth()
+    model = argparse.Namespace(mixture_latent=lambda o: o.zK)
+    for part in (slice(0, 30), slice(30, 100)):                      # unequal batches
+        piece = VAEOutput(*(x[part] for x in out[:6]), *out[6:])
+        values = torch.arange(100.0)[part]
+        health.add(model, piece, KLTerms(values, values + 1, piece.log_det, values * 0))
+    summary = health.summary()
+    assert summary["active_units"] == 2
+    assert summary["signal_share"] == pytest.approx([mu[:, 0].var(unbiased=False).item() /
+                                                     (mu[:, 0].var(unbiased=False).item() + 0.25), 9 / 9.25, 0], rel=1e-5)
+    assert summary["effective_components"] == pytest.approx(2, rel=1e-3) and summary["dead_components"] == 2
+    assert summary["kl_raw"] == pytest.approx(49.5) and summary["log_q0"] == pytest.approx(50.5)
+    assert summary["log_det"] == pytest.approx(2)

@@ -1,0 +1,118 @@
+"""Features and Fréchet distance in utils.py: agreement with pytorch-fid's command line and with closed forms."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT, write_images
+
+from utils import (
+    InceptionFeatures,
+    UserError,
+    cached_statistics,
+    decode_images,
+    extract_features,
+    frechet_distance,
+    list_images,
+    mean_and_covariance,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def folder_statistics(extractor, folder):
+    images = decode_images(list_images(folder))
+    return mean_and_covariance(extract_features(extractor, images.split(32), len(images), progress=False))
+
+
+def random_covariance(rng, n):
+    a = rng.standard_normal((n, 3 * n))
+    return a @ a.T / n
+
+
+def test_fid_equals_pytorch_fid_command_line(fake_hub, tmp_path):
+    fake_hub.inception()
+    # More images than dimensions, and two different sizes on disk.
+    folders = [write_images(tmp_path / "a", 80, seed=1), write_images(tmp_path / "b", 75, size=48, seed=2, shift=25)]
+    done = subprocess.run([sys.executable, "-m", "pytorch_fid", *map(str, folders), "--dims", "64", "--device", "cpu",
+                           "--num-workers", "0"], cwd=ROOT, env=fake_hub.env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    reference = float(done.stdout.split("FID:")[1])
+    extractor = InceptionFeatures(torch.device("cpu"), 64)
+    ours = frechet_distance(*(s for f in folders for s in folder_statistics(extractor, f)))
+    assert ours == pytest.approx(reference, rel=1e-3)
+    assert reference > 0.01                                   # the seeded network does tell the folders apart
+
+
+def test_grey_images_have_the_features_of_their_rgb_copies(fake_hub):
+    fake_hub.inception()
+    extractor = InceptionFeatures(torch.device("cpu"), 192)
+    grey = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+    features = extractor(grey)
+    assert features.shape == (2, 192) and torch.equal(features, extractor(grey.repeat(1, 3, 1, 1)))
+
+
+def test_missing_or_damaged_weights_are_named(fake_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(os.urandom(1000))
+    with pytest.raises(UserError, match="damaged, or not the weights"):
+        InceptionFeatures(torch.device("cpu"), 64)
+
+
+def test_frechet_distance_matches_general_matrix_square_root():
+    rng = np.random.default_rng(0)
+    s1, s2 = random_covariance(rng, 12), random_covariance(rng, 12)
+    m1, m2 = rng.standard_normal((2, 12))
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(m2, s2, m1, s1) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    rng = np.random.default_rng(1)
+    v1, v2 = rng.uniform(0, 4, (2, 20))
+    v1[:3] = 0                                                # singular on purpose
+    m1, m2 = rng.standard_normal((2, 20))
+    expected = ((m1 - m2) ** 2).sum() + ((v1 ** 0.5 - v2 ** 0.5) ** 2).sum()
+    assert frechet_distance(m1, np.diag(v1), m2, np.diag(v2)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(m1, np.diag(v1), m1, np.diag(v1)) == pytest.approx(0, abs=1e-6)
+
+
+def test_mean_and_covariance_accumulate_in_float64():
+    x = np.random.default_rng(2).standard_normal((500, 3)).astype(np.float32) + np.float32(1e4)
+    mu, sigma = mean_and_covariance(x)
+    assert mu.dtype == sigma.dtype == np.float64
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    assert sigma == pytest.approx(centred.T @ centred / 499, rel=1e-9)
+    with pytest.raises(UserError, match="two images"):
+        mean_and_covariance(x[:1])
+
+
+def test_cached_statistics_are_reused_and_recomputed_when_damaged(tmp_path, capsys):
+    x, calls = np.random.default_rng(3).standard_normal((50, 4)), []
+
+    def compute():
+        calls.append(1)
+        return x
+
+    first = cached_statistics(tmp_path, "key", compute)
+    again = cached_statistics(tmp_path, "key", compute)
+    assert len(calls) == 1 and all(np.array_equal(a, b) for a, b in zip(first, again))
+    cached_statistics(tmp_path, "another key", compute)
+    assert len(calls) == 2
+    for file in tmp_path.iterdir():
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0xFF                          # one flipped byte
+        file.write_bytes(data)
+    repaired = cached_statistics(tmp_path, "key", compute)
+    assert len(calls) == 3 and all(np.array_equal(a, b) for a, b in zip(first, repaired))
+    assert "damaged, computed again" in capsys.readouterr().err
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:100])             # cut short
+    cached_statistics(tmp_path, "key", compute)
+    assert len(calls) == 4

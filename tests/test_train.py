@@ -1,0 +1,502 @@
+"""train.py through its real command line, on data made here."""
+import csv
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+import train
+from models.vamp_flow import CrossFlowVampVAE
+from utils import UserError, generate_images, load_model, save_png
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--hidden_dims", "8", "12", "--latent_dim", "4", "--num_components", "5", "--flow_length", "2", "--flow_seq_len", "1",
+        "--flow_embed_dim", "8", "--flow_heads", "2", "--flow_layers", "1", "--batch_size", "8", "--lpips_net", "none",
+        "--fid_every", "0", "--save_every_s", "0", "--device", "cpu"]
+
+
+def command(*flags, cwd, env=None):
+    """Run train.py as a user would; returns the finished process."""
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
+def main(monkeypatch, tmp_path, *flags):
+    """train.main() in this process (no second import of torch); returns nothing, raises what main raises."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        train.main()
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
+        signal.signal(signal.SIGTERM, handlers[1])
+
+
+@pytest.fixture(scope="session")
+def folder_of_images(tmp_path_factory):
+    """40 training and 8 test images of 8x8 in class folders."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 40), ("test", 8)):
+        for i in range(n):
+            path = root / split / f"class{i % 2}" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            base = np.linspace(0, 200, 8)[None, :, None] * (i % 2) + rng.integers(0, 55, (8, 8, 3))
+            Image.fromarray(base.astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture
+def data(folder_of_images):
+    return ["--dataset", "folder", "--data_dir", str(folder_of_images), "--img_size", "8", *TINY]
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as f:
+        return [{k: v for k, v in row.items() if k != "img_per_s"} for row in csv.DictReader(f)]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(a, b):
+    ours, theirs = weights(a / "last.pth"), weights(b / "last.pth")
+    for key in ("model", "ema", "optimizer", "scheduler", "epoch", "step", "best_fid"):
+        assert same(ours[key], theirs[key]), key
+    assert history(a) == history(b)
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+def test_run_leaves_everything_behind(data, tmp_path):
+    done = command(*data, "--exp_name", "a", "--epochs", 2, "--warmup_epochs", 1, "--sample_every", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "results" / "a"
+    assert {p.name for p in run.iterdir()} >= {"args.json", "train_log.txt", "history.csv", "curves.png", "last.pth", "samples"}
+    assert {p.name for p in (run / "samples").iterdir()} == {f"{n}_000{e}.png" for n in ("samples", "recon", "pseudo")
+                                                             for e in (1, 2)}
+    log = (run / "train_log.txt").read_text()
+    assert all(key in log for key in ("LPIPS", "KL_Raw", "FID"))
+    rows = history(run)
+    assert [r["epoch"] for r in rows] == ["1", "2"] and set(train.COLUMNS) - set(rows[0]) == {"img_per_s"}
+    row = {k: float(v) for k, v in rows[1].items() if v}
+    assert row["kl_raw"] == pytest.approx(row["log_q0"] - row["log_det"] - row["log_p"], abs=1e-3)
+    assert row["val_kl_raw"] == pytest.approx(row["val_log_q0"] - row["val_log_det"] - row["val_log_p"], abs=1e-3)
+    assert row["val_loss"] == pytest.approx(row["val_recon"] + 0.2 * max(row["val_kl_raw"] - 0.5 * 4, 0), rel=1e-6)
+    assert row["beta"] == 0.2 and row["lr"] == 0
+    args = json.loads((run / "args.json").read_text())
+    assert args["epochs"] == 2 and args["versions"]["torch"] == torch.__version__
+    for word in ("40 training images", "8 for validation", "parameters", "cpu", "float32", "5 steps", "self-check"):
+        assert word in done.stdout, word
+    checkpoint = weights(run / "last.pth")
+    assert {"model", "ema", "optimizer", "scheduler", "epoch", "step", "best_fid", "history", "model_args", "args"} <= set(
+        checkpoint)
+    assert not any("lpips" in k.lower() for k in checkpoint["model"])
+    model, _ = load_model(run / "last.pth", "cpu")
+    assert isinstance(model, CrossFlowVampVAE) and not model.training
+    assert same(dict(model.state_dict()), checkpoint["ema"]) and not same(checkpoint["ema"], checkpoint["model"])
+
+
+def test_tensorboard_gets_the_scalars_and_pictures(data, monkeypatch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    main(monkeypatch, tmp_path, *data, "--epochs", 2)
+    events = EventAccumulator(str(tmp_path / "results/CrossVampVAE/tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"samples", "recon", "pseudo"}
+    row = history(tmp_path / "results/CrossVampVAE")[1]
+    assert {"train_loss", "val_loss", "kl_raw", "active_units", "lr"} <= set(events.Tags()["scalars"])
+    last = events.Scalars("val_loss")[-1]
+    assert last.step == 2 and last.value == pytest.approx(float(row["val_loss"]), rel=1e-6)
+
+
+def test_overfits_eight_images(monkeypatch, tmp_path):
+    few = tmp_path / "few"
+    for split, n in (("train", 8), ("test", 1)):
+        (few / split).mkdir(parents=True)
+        for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)):
+            Image.fromarray(image).save(few / split / f"{i}.png")
+    main(monkeypatch, tmp_path, "--dataset", "folder", "--data_dir", few, "--img_size", 8, *TINY, "--hidden_dims", 32, 32,
+         "--latent_dim", 16, "--epochs", 120, "--lr", 3e-3, "--beta_max", 0.001, "--warmup_epochs", 0, "--exp_name", "o",
+         "--sample_every", 0, "--save_every_s", 100, "--ema_decay", 0, "--no-tensorboard", "--no-flip", "--check_every", 0)
+    rows = history(tmp_path / "results" / "o")
+    assert float(rows[-1]["recon"]) < 0.1 * float(rows[0]["recon"])
+
+
+@pytest.mark.parametrize("variant", [
+    ["--prior", "mog"], ["--prior", "standard", "--flow_length", "0"], ["--flow_prior", "pushed"],
+    ["--flow_context", "encoder"], ["--pseudo_init", "noise", "--num_components", "1"], ["--num_components", "60"],
+    ["--ema_decay", "0", "--recon_loss", "mse", "--in_channels", "1", "--no-flip"], ["--cache_gb", "0", "--num_workers", "1"],
+    ["--batch_size", "1", "--stop_epoch", "1"], ["--latent_dim", "2"], ["--amp", "bf16"], ["--batch_size", "1000"],
+])
+def test_variants_train(variant, data, monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, *data, "--epochs", 1, "--warmup_epochs", 0, "--no-tensorboard", "--sample_every", 0, *variant)
+    rows = history(tmp_path / "results" / "CrossVampVAE")
+    assert len(rows) == 1 and all(np.isfinite(float(rows[0][k])) for k in ("train_loss", "val_loss", "kl_raw"))
+
+
+def test_digits_need_nothing(monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, "--demo", "--epochs", 1, *TINY, "--batch_size", 400, "--no-tensorboard")
+    assert len(history(tmp_path / "results" / "demo")) == 1
+    assert not (tmp_path / "data").exists()
+
+
+# -- FID and LPIPS through the libraries' own loading code, on seeded random weights ---------------------------------------
+
+def test_training_fid_equals_pytorch_fid_on_exported_images(monkeypatch, tmp_path, fake_hub):
+    fake_hub.inception()
+    real, fake = tmp_path / "data" / "train", tmp_path / "fake"
+    write_images(real, 90, size=8, seed=1)
+    write_images(tmp_path / "data" / "test", 4, size=8, seed=2)
+    flags = ["--dataset", "folder", "--data_dir", tmp_path / "data", "--img_size", 8, *TINY, "--fid_every", 1, "--fid_dims", 64,
+             "--fid_samples", 80, "--epochs", 2, "--lr", 3e-3, "--sample_every", 0, "--no-tensorboard", "--batch_size", 30]
+    main(monkeypatch, tmp_path, *flags)
+    run = tmp_path / "results" / "CrossVampVAE"
+    fids = [float(row["fid"]) for row in history(run)]
+    best, last = weights(run / "best_fid.pth"), weights(run / "last.pth")
+    assert best["best_fid"] == last["best_fid"] == min(fids) and best["optimizer"] is None
+    assert best["epoch"] == 1 + fids.index(min(fids)) and best["history"][-1]["fid"] == min(fids)
+    model, _ = load_model(run / "best_fid.pth", "cpu")
+    fake.mkdir()
+    images = torch.cat(list(generate_images(model, 80, batch_size=7, seed=0)))
+    for i, image in enumerate(images):
+        save_png(fake / f"{i:05d}.png", image)
+    done = subprocess.run([sys.executable, "-m", "pytorch_fid", real, fake, "--dims", "64", "--device", "cpu",
+                           "--num-workers", "0"], capture_output=True, text=True, env=fake_hub.env)
+    assert done.returncode == 0, done.stderr
+    assert min(fids) == pytest.approx(float(done.stdout.split()[-1]), rel=1e-3)
+    # The statistics of the training set are cached: a second run reads them.
+    cached = list((tmp_path / "results" / "feature_cache").iterdir())
+    assert len(cached) == 1
+    before = cached[0].stat().st_mtime_ns
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "again")
+    assert cached[0].stat().st_mtime_ns == before and [float(r["fid"]) for r in history(tmp_path / "results/again")] == fids
+
+
+def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(monkeypatch, tmp_path, fake_hub):
+    import lpips
+    fake_hub.squeezenet()
+    flags = ["--dataset", "digits", "--img_size", 32, *TINY, "--lpips_net", "squeeze", "--epochs", 1, "--batch_size", 800,
+             "--sample_every", 0, "--no-tensorboard", "--val_images", 20]
+    main(monkeypatch, tmp_path, *flags)
+    row = {k: float(v) for k, v in history(tmp_path / "results/CrossVampVAE")[0].items() if v}
+    assert row["lpips"] > 0
+    assert row["train_loss"] == pytest.approx(row["recon"] + 100 * row["lpips"] + 0, rel=0.05)
+    assert row["val_loss"] == pytest.approx(row["val_recon"] + 100 * row["val_lpips"], rel=1e-6)
+    # Our grey images are shown to the network as RGB; the value is the library's.
+    ours = train.build_lpips("squeeze", True, torch.device("cpu"), (1, 32, 32))
+    a, b = torch.rand(2, 3, 1, 32, 32) * 2 - 1
+    theirs = lpips.LPIPS(net="squeeze", verbose=False)(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)).flatten()
+    assert torch.allclose(ours(a, b), theirs) and theirs.abs().max() > 0
+    uniform = train.build_lpips("squeeze", False, torch.device("cpu"), (1, 32, 32))
+    assert not torch.allclose(uniform(a, b), theirs)
+    with pytest.raises(UserError, match="--lpips_net squeeze needs larger images"):
+        train.build_lpips("squeeze", True, torch.device("cpu"), (1, 4, 4))
+
+
+# -- stopping and resuming --------------------------------------------------------------------------------------------
+
+def test_resumed_run_equals_uninterrupted(data, monkeypatch, tmp_path):
+    flags = [*data, "--epochs", 4, "--warmup_epochs", 2, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "whole")
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "parts", "--stop_epoch", 2)
+    assert weights(tmp_path / "results/parts/last.pth")["epoch"] == 2
+    # Flags that were not given again come from the checkpoint.
+    main(monkeypatch, tmp_path, "--exp_name", "parts", "--resume", "auto")
+    assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
+
+
+def test_run_stopped_in_mid_epoch_resumes_to_the_same_bits(data, monkeypatch, tmp_path):
+    flags = [*data, "--epochs", 4, "--warmup_epochs", 2, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "whole")
+    step = train.train_step
+
+    def step_then_signal(trainer, *rest):
+        step(trainer, *rest)
+        if trainer.step == 7:                        # two steps into the second epoch of five
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "train_step", step_then_signal)
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, tmp_path, *flags, "--exp_name", "parts")
+    assert stop.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr(train, "train_step", step)
+    checkpoint = weights(tmp_path / "results/parts/last.pth")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 7)
+    main(monkeypatch, tmp_path, "--resume", tmp_path / "results/parts/last.pth")
+    assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
+
+
+def test_run_stopped_in_its_evaluation_evaluates_again(data, monkeypatch, tmp_path):
+    flags = [*data, "--epochs", 2, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "whole")
+    evaluate = train.evaluate
+
+    def signal_then_evaluate(trainer, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(trainer, *rest)
+
+    monkeypatch.setattr(train, "evaluate", signal_then_evaluate)
+    with pytest.raises(SystemExit):
+        main(monkeypatch, tmp_path, *flags, "--exp_name", "parts")
+    checkpoint = weights(tmp_path / "results/parts/last.pth")
+    assert (checkpoint["epoch"], checkpoint["step"], checkpoint["history"]) == (0, 5, [])
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    main(monkeypatch, tmp_path, "--exp_name", "parts", "--resume", "auto")
+    assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
+
+
+def test_resuming_into_another_folder_copies_the_best_and_spares_a_run_there(data, monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--exp_name", "a", "--no-tensorboard")
+    last = tmp_path / "results/a/last.pth"
+    (tmp_path / "results/a/best_fid.pth").write_bytes(b"the best so far")
+    (tmp_path / "results/b").mkdir()
+    (tmp_path / "results/b/last.pth").write_bytes(b"another run")
+    with pytest.raises(UserError, match="b already holds a run"):
+        main(monkeypatch, tmp_path, "--resume", last, "--exp_name", "b")
+    assert (tmp_path / "results/b/last.pth").read_bytes() == b"another run"
+    main(monkeypatch, tmp_path, "--resume", last, "--exp_name", "c", "--save_dir", tmp_path / "results")
+    assert weights(tmp_path / "results/c/last.pth")["epoch"] == 2 and weights(last)["epoch"] == 1
+    assert (tmp_path / "results/c/best_fid.pth").read_bytes() == b"the best so far"
+    # The folder of the checkpoint is the run's, also where only save_dir is repeated.
+    main(monkeypatch, tmp_path, "--resume", last, "--save_dir", tmp_path / "results")
+    assert weights(last)["epoch"] == 2
+
+
+def test_interrupt_saves_and_says_how_to_resume(data, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *data, "--epochs", "100000", "--save_every_s", "1000",
+                                "--exp_name", "i"],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "results/i/history.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in out and "Traceback" not in err
+    assert weights(tmp_path / "results/i/last.pth")["step"] > 0
+
+
+def test_seed_decides_everything(data, monkeypatch, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main(monkeypatch, tmp_path, *data, "--epochs", 1, "--seed", seed, "--exp_name", name, "--no-tensorboard",
+             "--sample_every", 0)
+    a, b, c = (weights(tmp_path / f"results/{n}/last.pth")["model"] for n in "abc")
+    assert same(a, b) and not same(a, c)
+
+
+def test_resume_refuses_other_values_by_name(data, monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--exp_name", "r", "--no-tensorboard")
+    with pytest.raises(UserError, match=r"--lr \(0.0001, not 0.1\).*--prior \(vamp, not mog\)"):
+        main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--lr", "0.1", "--prior", "mog")
+    main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--sample_every", 1, "--batch_size", 8)
+    assert weights(tmp_path / "results/r/last.pth")["epoch"] == 2
+
+
+def test_resume_refuses_other_images(data, monkeypatch, tmp_path, folder_of_images):
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--exp_name", "r", "--no-tensorboard")
+    with pytest.raises(UserError, match="not the images"):
+        main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--data_dir", folder_of_images / "train" / "class0")
+
+
+def test_new_run_never_overwrites_an_old_one_unasked(data, monkeypatch, tmp_path):
+    flags = [*data, "--epochs", 1, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *flags)
+    before = (tmp_path / "results/CrossVampVAE/last.pth").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        main(monkeypatch, tmp_path, *flags)
+    assert (tmp_path / "results/CrossVampVAE/last.pth").read_bytes() == before
+    (tmp_path / "results/CrossVampVAE/best_fid.pth").write_bytes(b"of the old run")
+    main(monkeypatch, tmp_path, *flags, "--overwrite", "--seed", 1)
+    assert (tmp_path / "results/CrossVampVAE/last.pth").read_bytes() != before
+    assert not (tmp_path / "results/CrossVampVAE/best_fid.pth").exists()
+    # Neither is a run that kept only its best checkpoint, nor one with a name of its own by --demo.
+    last = tmp_path / "results/CrossVampVAE/last.pth"
+    last.rename(last.with_name("best_fid.pth"))
+    for more in ([], ["--resume", "auto"]):
+        with pytest.raises(UserError, match="already holds a run"):
+            main(monkeypatch, tmp_path, *flags, *more)
+    with pytest.raises(UserError, match="already holds a run"):
+        main(monkeypatch, tmp_path, "--demo", *TINY, "--exp_name", "CrossVampVAE")
+    assert last.with_name("best_fid.pth").exists()
+
+
+# -- optimisation -----------------------------------------------------------------------------------------------------
+
+def test_decay_is_on_weight_matrices_only():
+    model = CrossFlowVampVAE(hidden_dims=(8, 8), latent_dim=4, num_components=3, flow_length=1, flow_seq_len=1,
+                             flow_embed_dim=8, flow_heads=1)
+    decayed, free = train.weight_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert all(p.ndim in (2, 4) and names[id(p)].endswith("weight") for p in decayed["params"])
+    free_names = {names[id(p)] for p in free["params"]}
+    assert "pseudo_raw" in free_names and any(n.endswith("queries") for n in free_names)
+    assert all(n.endswith(("bias", "queries", "position", "pseudo_raw")) or "norm" in n or model.get_parameter(n).ndim == 1
+               for n in free_names)
+    assert len(names) == len(decayed["params"]) + len(free["params"])
+
+
+def test_ema_follows_the_weights(data, monkeypatch, tmp_path):
+    seen = []
+    step = train.train_step
+
+    def watch(trainer, *rest):
+        before = [p.clone() for p in trainer.ema.parameters()]
+        step(trainer, *rest)
+        decay = min(0.5, (1 + trainer.step) / (10 + trainer.step))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(before, trainer.model.parameters())]
+        seen.append(max((e - p).abs().max().item() for e, p in zip(expected, trainer.ema.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(trainer.model.buffers(), trainer.ema.buffers()))
+
+    monkeypatch.setattr(train, "train_step", watch)
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--ema_decay", 0.5, "--sample_every", 0, "--no-tensorboard")
+    assert len(seen) == 10 and max(seen) < 1e-6
+
+
+def test_free_bits_floor_acts_on_the_mean(data, monkeypatch, tmp_path):
+    """Under the floor the KL gives no gradient: with beta at work or not, the weights are the same."""
+    for name, beta in (("a", 0.0), ("b", 5.0)):
+        main(monkeypatch, tmp_path, *data, "--epochs", 1, "--warmup_epochs", 0, "--beta_max", beta, "--free_bits", 1e6,
+             "--exp_name", name, "--sample_every", 0, "--no-tensorboard")
+    a, b = (weights(tmp_path / f"results/{n}/last.pth")["model"] for n in "ab")
+    assert same(a, b)
+    assert all(float(r["floor_share"]) == 1 and float(r["kl_optim"]) == 0 for r in history(tmp_path / "results/b"))
+
+
+@pytest.mark.parametrize("term", ["pixel", "log_det"])
+def test_nan_names_the_term_and_keeps_the_good_checkpoint(term, data, monkeypatch, tmp_path):
+    terms = train.loss_terms
+
+    def poisoned(args, model, lpips, x, out, beta):
+        result = terms(args, model, lpips, x, out, beta)
+        if model.training and poisoned.calls == 7:
+            result[term] = result[term] * float("nan")
+        poisoned.calls += model.training
+        return result
+
+    poisoned.calls = 0
+    monkeypatch.setattr(train, "loss_terms", poisoned)
+    with pytest.raises(UserError, match=rf"{term} .*epoch 2, step 8; last good checkpoint: .*last.pth"):
+        main(monkeypatch, tmp_path, *data, "--epochs", 3, "--sample_every", 0, "--no-tensorboard")
+    checkpoint = weights(tmp_path / "results/CrossVampVAE/last.pth")
+    assert checkpoint["epoch"] == 1 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+# -- what a user can get wrong ----------------------------------------------------------------------------------------
+
+def bad(kind, data, tmp_path):
+    """Flags and the words the message must contain."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    if kind == "missing folder":
+        return [*data, "--data_dir", tmp_path / "nowhere"], "nowhere: no such folder"
+    if kind == "empty folder":
+        return [*data, "--data_dir", empty], "no images there"
+    if kind == "damaged image":
+        (empty / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+        return [*data, "--data_dir", empty], "bad.png: cannot be read as an image"
+    if kind == "size":
+        return [*data, "--img_size", "10"], "img_size 10"
+    if kind == "latent":
+        return [*data, "--latent_dim", "5"], "latent_dim 5"
+    if kind == "components":
+        return [*data, "--num_components", "0"], "--num_components 0"
+    if kind == "no gpu":
+        return [*data, "--device", "cuda"], "--device cuda: no CUDA GPU"
+    if kind == "lpips weights":
+        return [*data, "--lpips_net", "vgg"], "vgg16-397923af.pth", "--lpips_net none", str(tmp_path / "hub")
+    if kind == "inception weights":
+        return [*data, "--fid_every", "1"], "pt_inception-2015-12-05-6726825d.pth", "--fid_every 0"
+    if kind == "no cifar":
+        return [*TINY, "--data_dir", empty], "cifar-10-python.tar.gz", "--dataset digits"
+    if kind == "pushed":
+        return [*data, "--flow_prior", "pushed", "--flow_context", "encoder"], "--flow_prior pushed"
+    if kind == "no flow":
+        return [*data, "--flow_prior", "pushed", "--flow_length", "0"], "--flow_length 0"
+    if kind == "no checkpoint":
+        return [*data, "--resume", tmp_path / "no.pth"], "no.pth: no such checkpoint"
+    if kind == "damaged hub file":
+        path = tmp_path / "hub" / "hub" / "checkpoints" / "vgg16-397923af.pth"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"not weights")
+        return [*data, "--lpips_net", "vgg"], "vgg16-397923af.pth: damaged"
+    if kind == "file as folder":
+        (tmp_path / "file").write_text("")
+        return [*data, "--save_dir", tmp_path / "file"], "--save_dir"
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize("kind", ["missing folder", "empty folder", "damaged image", "size", "latent", "components", "no gpu",
+                                  "lpips weights", "inception weights", "no cifar", "pushed", "no flow", "no checkpoint",
+                                  "damaged hub file", "file as folder"])
+def test_user_errors_are_one_line_and_leave_nothing(kind, data, tmp_path, monkeypatch, capsys):
+    if kind == "no gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    flags, *words = bad(kind, data, tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")          # whatever would be downloaded cannot be
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stop:
+        train.run(lambda: main(monkeypatch, tmp_path, *flags))
+    err = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Downloading")]
+    assert stop.value.code == 2
+    assert err[-1].startswith("error: ") and all(w in err[-1] for w in words), err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "pickle", "other shapes", "truncated", "flipped", "foreign"])
+def test_bad_checkpoints_are_refused(content, data, monkeypatch, tmp_path):
+    path = tmp_path / "results/x/last.pth"
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--exp_name", "x", "--no-tensorboard")
+    good = path.read_bytes()
+    touched = tmp_path / "touched"
+    if content == "other shapes":
+        checkpoint = weights(path)
+        checkpoint["model"]["decoder.stem.0.weight"] = torch.zeros(3, 3)
+        torch.save(checkpoint, path)
+    elif content == "pickle":
+        class Malicious:
+            def __reduce__(self):
+                return Path.touch, (touched,)
+        torch.save({"model": Malicious()}, path)
+        buffer = io.BytesIO()
+        pickle.dump(Malicious(), buffer)
+    elif content == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        path.write_bytes({"empty": b"", "text": b"hello", "truncated": good[:len(good) // 2], "flipped": flipped}[content])
+    with pytest.raises(UserError, match=re.escape("last.pth")):
+        main(monkeypatch, tmp_path, "--exp_name", "x", "--resume", "auto")
+    assert not touched.exists()
+
+
+def test_error_reaches_the_shell_as_one_line_and_code_2(data, tmp_path):
+    done = command(*data, "--num_components", 0, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.splitlines() == ["error: --num_components 0: must be 1 or more"]
+    done = command("--flow_prior", "sideways", cwd=tmp_path)
+    assert done.returncode == 2 and "sideways" in done.stderr

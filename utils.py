@@ -1,0 +1,702 @@
+"""What two or more of the scripts share. A function comes here when a second script needs it, not before."""
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from models.vamp_flow import CrossFlowVampVAE, component_log_probs
+
+__all__ = [
+    "UserError", "run", "true_false", "add_data_flags", "add_device_flag",
+    "pick_device", "seeded", "cpu_count",
+    "atomic_write", "write_json", "read_json", "sha256_file", "writable_folder",
+    "IMAGE_EXTENSIONS", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images", "save_png",
+    "image_grid", "generate_images",
+    "MemoryImages", "StreamedImages", "load_data",
+    "save_checkpoint", "read_checkpoint", "load_model", "LatentHealth",
+    "hub_file", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance", "frechet_distance",
+    "cached_statistics",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line on standard error, exit code 2, no traceback."""
+
+
+ERRNO_HINTS = {
+    errno.ENOSPC: "the disk is full; free some space and run again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EACCES: "permission denied; check the owner and mode, or choose another folder",
+    errno.EPERM: "permission denied; check the owner and mode, or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOENT: "it does not exist (was it deleted while the program ran?)",
+}
+
+
+def run(main):
+    """Call main(); errors of the user become one line and exit code 2, errors of ours stay tracebacks."""
+    try:
+        main()
+    except UserError as e:
+        message = str(e)
+    except OSError as e:
+        if e.errno not in ERRNO_HINTS:
+            raise
+        message = f"{e.filename or 'writing'}: {ERRNO_HINTS[e.errno]}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def true_false(text):
+    """argparse type for flags that take a value: True or False, in any case."""
+    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return value
+
+
+def add_data_flags(parser):
+    """The flags that choose and read the images, in a group of their own; returns the group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=("cifar10", "folder", "digits"), default="cifar10",
+                       help="cifar10: downloaded to data_dir; folder: any images under data_dir; digits: scikit-learn's")
+    group.add_argument("--data_dir", default="./data", help="where the images are (or go)")
+    group.add_argument("--img_size", type=int, default=32, help="pixels a side; other sizes are resized and cropped")
+    group.add_argument("--in_channels", type=int, choices=(1, 3), default=None,
+                       help="1 grey or 3 RGB (default: 1 for digits, else 3)")
+    group.add_argument("--split_seed", type=int, default=0,
+                       help="seed of the tenth held out for validation where the data have no test split")
+    group.add_argument("--cache_gb", type=float, default=4.0,
+                       help="data sets up to this many GiB are decoded once and kept on the device, others streamed")
+    group.add_argument("--num_workers", type=int, default=None,
+                       help="worker processes that decode a streamed data set (default: the cores, at most 8)")
+    return group
+
+
+def add_device_flag(group):
+    group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reproducibility and device
+
+def pick_device(name):
+    """The torch.device for --device. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use auto, cuda, cuda:N, mps or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA GPU is usable here; use --device cpu or leave the flag out")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: MPS is not usable here; use --device cpu or leave the flag out")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name}: not supported; use auto, cuda, cuda:N, mps or cpu")
+    return device
+
+
+def seeded(device, *key):
+    """A torch.Generator on the device, seeded by any numbers and words: the same key, the same draws."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def cpu_count():
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb", **kwargs):
+    """Open a file that takes the name `path` only when it is whole and on the disk; on any error nothing is left."""
+    path = Path(path)
+    fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(fd, mode, **kwargs) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(tmp, 0o666 & ~umask)                    # mkstemp makes files that only their owner can read
+        os.replace(tmp, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
+        if isinstance(e, OSError) and e.filename is None:     # a full disk does not say which file it was
+            e.filename = str(path)
+        raise
+
+
+def write_json(path, value):
+    """value as indented JSON, atomically; NaN and infinity become null."""
+    def clean(v):
+        if isinstance(v, dict):
+            return {str(k): clean(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [clean(x) for x in v]
+        if isinstance(v, (float, np.floating)):
+            return float(v) if math.isfinite(v) else None
+        return v.item() if isinstance(v, np.generic) else v
+    with atomic_write(path, "w", encoding="utf-8") as f:
+        json.dump(clean(value), f, indent=2)
+        f.write("\n")
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises UserError if it is damaged or something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise UserError(f"{path}: damaged, not readable as JSON; delete it and run again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not the JSON object expected here")
+    return value
+
+
+def sha256_file(path):
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def writable_folder(path, flag):
+    """Make the folder if need be and prove that a file can be written there. Raises UserError that names the flag."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        reason = ERRNO_HINTS.get(e.errno, e.strerror)
+        raise UserError(f"{flag} {path}: cannot write there: {reason}") from None
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+# Too large images are refused by name in read_image; PIL's own warning about them would only double the line. Set once:
+# changing warning filters around each image is not safe among threads.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+IMAGE_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MANIFEST = "manifest.json"          # in every folder of exported images; the folder data set passes such folders over
+
+
+def to_uint8(x):
+    """Images in [-1, 1] -> uint8, round((x + 1) * 127.5): what every picture and every metric sees."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(x):
+    """uint8 images -> float32 in [-1, 1], the inverse of to_uint8."""
+    return x.float() / 127.5 - 1
+
+
+def list_images(folder, flag="--data_dir", skip_exports=False):
+    """The image files under a folder, sorted by path. Hidden files are passed over, links followed (loops are not).
+
+    skip_exports passes over folders that carry an export manifest, and says so. Raises UserError if there are none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    files, seen = [], set()
+    for here, dirs, names in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(here)
+        if real in seen:
+            dirs.clear()
+            continue
+        seen.add(real)
+        if skip_exports and MANIFEST in names:
+            print(f"{here}: exported images (it has a {MANIFEST}), not used as data")
+            dirs.clear()
+            continue
+        dirs[:] = sorted(d for d in dirs if not d.startswith("."))
+        files += [Path(here, n) for n in names
+                  if not n.startswith(".") and os.path.splitext(n)[1].lower() in IMAGE_EXTENSIONS]
+    if not files:
+        raise UserError(f"{flag} {folder}: no images there ({', '.join(sorted(e[1:] for e in IMAGE_EXTENSIONS))})")
+    return sorted(files)
+
+
+def _raise(error):
+    raise error
+
+
+def read_image(path, channels=3, size=None):
+    """One image file -> uint8 array (H, W) for 1 channel, (H, W, 3) for 3. Raises UserError that names the file.
+
+    EXIF rotation is applied, 16-bit grey is scaled to 8, alpha is dropped, palette and CMYK become RGB, an animation
+    gives its first frame. With size, the shorter side is resized to it (bicubic, antialiased) and the centre cropped.
+    """
+    try:
+        with Image.open(path) as image:                   # reads the header only
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+            elif image.mode == "F":
+                raise UserError(f"{path}: floating-point images have no defined range; convert it to 8 bits")
+            else:
+                image = ImageOps.exif_transpose(image)
+            image = image.convert("L" if channels == 1 else "RGB")
+            if size is not None and image.size != (size, size):
+                scale = size / min(image.size)
+                image = image.resize([max(size, round(s * scale)) for s in image.size], Image.BICUBIC)
+                left, top = (image.width - size) // 2, (image.height - size) // 2
+                image = image.crop((left, top, left + size, top + size))
+            return np.asarray(image)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, refused") from None
+    except (OSError, ValueError, SyntaxError) as e:      # what PIL raises on damaged files
+        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.ENOENT):
+            raise
+        raise UserError(f"{path}: cannot be read as an image; delete or replace it") from None
+
+
+def decode_images(paths, channels=3, size=None, desc="decoding images", progress=True):
+    """Image files of one size (or brought to `size`) -> uint8 tensor (N, C, H, W), decoded in parallel."""
+    first = read_image(paths[0], channels, size)
+    out = np.empty((len(paths), *first.shape), np.uint8)
+
+    def fill(i):
+        image = read_image(paths[i], channels, size)
+        if image.shape != first.shape:
+            raise UserError(f"{paths[i]}: {image.shape[1]}x{image.shape[0]} pixels, but {paths[0]} has "
+                            f"{first.shape[1]}x{first.shape[0]}; one size is needed here")
+        out[i] = image
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        bar = tqdm(total=len(paths), desc=desc, unit="img", disable=not progress or len(paths) < 1000, leave=False)
+        try:
+            # In chunks, so that an unreadable file stops the work instead of being found at the very end.
+            for start in range(0, len(paths), 4096):
+                chunk = range(start, min(start + 4096, len(paths)))
+                list(pool.map(fill, chunk))
+                bar.update(len(chunk))
+        finally:
+            bar.close()
+    tensor = torch.from_numpy(out)
+    return tensor[:, None] if channels == 1 else tensor.permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def generate_images(model, n, batch_size, seed, temperature=1.0, start=0):
+    """n images of the prior as uint8 batches (B, C, H, W), B <= batch_size; for FID in training and for export alike.
+
+    All latents are drawn up front from one generator on the CPU: the same seed gives the same latents whatever the
+    batch size or device. start: the first `start` images are passed over, not decoded.
+    """
+    latents = model.sample_latents(n, temperature, seeded("cpu", seed, "samples"))
+    for z in latents[start:].split(batch_size):
+        yield to_uint8(model.decode(z))
+
+
+def image_grid(images, columns):
+    """uint8 (N, C, H, W) -> one uint8 picture (C, H', W'), white lines of two pixels between the images."""
+    N, C, H, W = images.shape
+    rows = math.ceil(N / columns)
+    grid = images.new_full((C, rows * (H + 2) + 2, columns * (W + 2) + 2), 255)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        grid[:, 2 + y * (H + 2):2 + y * (H + 2) + H, 2 + x * (W + 2):2 + x * (W + 2) + W] = image
+    return grid
+
+
+def save_png(path, image, zoom=1):
+    """uint8 (C, H, W), C 1 or 3 -> a PNG file (RGB), atomically; zoom repeats pixels."""
+    array = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    array = array.repeat(zoom, 0).repeat(zoom, 1)
+    with atomic_write(path) as f:
+        Image.fromarray(array).save(f, "PNG", compress_level=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+class MemoryImages:
+    """A data set decoded once: uint8 (N, C, H, W) that lives on a device."""
+
+    def __init__(self, images, device="cpu"):
+        self.shape = tuple(images.shape[1:])
+        digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+        digest.update(np.ascontiguousarray(images.numpy()))
+        self.fingerprint = digest.hexdigest()
+        self.images = images.to(device)
+
+    def __len__(self):
+        return len(self.images)
+
+    def take(self, indices):
+        """uint8 (n, C, H, W) of these indices (a sequence of int)."""
+        return self.images[torch.as_tensor(indices, device=self.images.device)]
+
+    def batches(self, index_batches, device):
+        """uint8 batches on the device, one for each tensor of indices."""
+        for indices in index_batches:
+            yield self.images[indices.to(self.images.device)].to(device)
+
+
+def _leave_signals_to_the_parent(_worker):
+    # A process group of its own: Ctrl-C, or a signal to the whole job, asks the parent alone, which then ends its workers
+    # (so they must not ignore SIGTERM themselves).
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+class StreamedImages:
+    """A data set too large to keep: files decoded as they are needed, by worker processes."""
+
+    def __init__(self, root, paths, channels, size, workers):
+        self.paths, self.channels, self.size, self.workers = paths, channels, size, workers
+        self.shape = (channels, size, size)
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for p in paths:
+            stat = p.stat()
+            digest.update(repr((str(p.relative_to(root)), stat.st_size, stat.st_mtime_ns)).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image = torch.from_numpy(read_image(self.paths[i], self.channels, self.size).copy())
+        return image[None] if self.channels == 1 else image.permute(2, 0, 1)
+
+    def take(self, indices):
+        return decode_images([self.paths[int(i)] for i in indices], self.channels, self.size)
+
+    def batches(self, index_batches, device):
+        loader = torch.utils.data.DataLoader(self, batch_sampler=[b.tolist() for b in index_batches],
+                                             num_workers=self.workers, pin_memory=device.type == "cuda",
+                                             worker_init_fn=_leave_signals_to_the_parent)
+        try:
+            for batch in loader:
+                yield batch.to(device, non_blocking=True)
+        except UserError as e:                            # a worker's error arrives with its traceback as the message
+            raise UserError(str(e).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+def _resize(images, size):
+    """uint8 (N, C, H, W) -> (N, C, size, size), bicubic with antialias."""
+    if images.shape[2:] == (size, size):
+        return images
+    out = [F.interpolate(chunk.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+           for chunk in images.split(4096)]
+    return torch.cat(out)
+
+
+def _set_channels(images, channels):
+    """uint8 (N, C, H, W) with C 1 or 3 -> the wanted number of channels (Rec. 601 grey)."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.repeat(1, 3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return torch.cat([(c.float() * weights).sum(1, keepdim=True).round().byte() for c in images.split(4096)])
+
+
+def _load_cifar10(data_dir):
+    from torchvision.datasets import CIFAR10
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            sets = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+    except OSError as e:                                  # no network: URLError is an OSError
+        if e.errno in ERRNO_HINTS:
+            raise
+        raise UserError(f"CIFAR-10 is not under --data_dir {data_dir} and cannot be downloaded ({e}); put "
+                        f"cifar-10-python.tar.gz there, or use --dataset folder or --dataset digits") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as e:
+        raise UserError(f"CIFAR-10 under --data_dir {data_dir} is damaged ({e}); delete cifar-10-batches-py and "
+                        f"cifar-10-python.tar.gz there and run again") from None
+    return [torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous() for s in sets]
+
+
+def _load_digits():
+    from sklearn.datasets import load_digits
+    return torch.from_numpy(np.round(load_digits().images * (255 / 16)).astype(np.uint8))[:, None]
+
+
+def _hold_out(n, seed):
+    """Indices of n images split into nine tenths and one tenth, at least one each."""
+    if n == 1:
+        return [0], [0]
+    order = np.random.default_rng(seed).permutation(n)
+    held = max(1, n // 10)
+    return sorted(order[held:].tolist()), sorted(order[:held].tolist())
+
+
+def load_data(args, device):
+    """The training and the held-out images of the --dataset flags: two of MemoryImages or StreamedImages.
+
+    folder: `train` and `test` (or `val`, `valid`, `validation`) below data_dir are the splits; without them all images
+    below it, of which a seeded tenth is held out. A single image is both. Raises UserError on anything unusable.
+    """
+    channels = args.in_channels or (1 if args.dataset == "digits" else 3)
+    for name, low in (("img_size", 1), ("split_seed", 0), ("cache_gb", 0), ("num_workers", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise UserError(f"--{name} {value}: must be {low} or more")
+    if args.dataset == "folder":
+        root = Path(args.data_dir)
+        train_dir = root / "train"
+        test_dir = next((root / n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), None)
+        if train_dir.is_dir():
+            paths = list_images(train_dir, skip_exports=True)
+            test_paths = list_images(test_dir, skip_exports=True) if test_dir else None
+        else:
+            paths, test_paths = list_images(root, skip_exports=True), None
+        if test_paths is None:
+            keep, held = _hold_out(len(paths), args.split_seed)
+            paths, test_paths = [paths[i] for i in keep], [paths[i] for i in held]
+        gib = (len(paths) + len(test_paths)) * channels * args.img_size ** 2 / 2 ** 30
+        if gib > args.cache_gb:
+            workers = min(cpu_count(), 8) if args.num_workers is None else args.num_workers
+            return [StreamedImages(root, p, channels, args.img_size, workers) for p in (paths, test_paths)]
+        images = [decode_images(p, channels, args.img_size, f"decoding {name} images")
+                  for name, p in (("training", paths), ("held-out", test_paths))]
+    else:
+        if args.dataset == "cifar10":
+            images = _load_cifar10(args.data_dir)
+        else:
+            digits = _load_digits()
+            images = [digits[i] for i in _hold_out(len(digits), args.split_seed)]
+        images = [_set_channels(_resize(x, args.img_size), channels) for x in images]
+        gib = sum(x.numel() for x in images) / 2 ** 30
+    return [MemoryImages(x, device if gib <= args.cache_gb else "cpu") for x in images]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+CHECKPOINT_KEYS = ("model", "ema", "epoch", "step", "model_args", "args")
+
+
+def save_checkpoint(path, checkpoint):
+    """torch.save, atomically."""
+    with atomic_write(path) as f:
+        torch.save(checkpoint, f)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict of a checkpoint file, loaded with weights_only=True. Raises UserError that says what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such checkpoint" + (f"; beside it lies {', '.join(near)}" if near else ""))
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()                         # torch.load itself does not look at the checksums
+        if damaged:
+            raise UserError(f"{path}: damaged (checksum of {damaged}); use an earlier checkpoint")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, NotImplementedError):
+        raise UserError(f"{path}: truncated or not a checkpoint; use an earlier one") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors and plain values, refused; not a checkpoint of train.py") from None
+    missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of train.py (no {', '.join(missing)})")
+    return checkpoint
+
+
+def load_model(checkpoint_path, device, weights="ema"):
+    """(model in eval mode on the device, checkpoint dict). weights: "ema" or "raw"; raw, said aloud, where EMA was off."""
+    checkpoint = read_checkpoint(checkpoint_path, device)
+    state = checkpoint["model"]
+    if weights == "ema":
+        if checkpoint["ema"] is None:
+            print(f"{checkpoint_path}: trained without EMA, the raw weights are used", file=sys.stderr)
+        else:
+            state = checkpoint["ema"]
+    try:
+        model = CrossFlowVampVAE(**checkpoint["model_args"]).to(device)
+        model.load_state_dict(state, strict=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{checkpoint_path}: its weights and model_args do not fit this code ({str(e)[:200]})") from None
+    return model.eval(), checkpoint
+
+
+class LatentHealth:
+    """What posterior collapse looks like, accumulated over batches of posterior samples (design: Burda et al. 2016,
+    arXiv 1509.00519, for the active units; Tomczak & Welling 2018 for the mixture).
+
+    add(model, out, kl) after each batch; summary() gives plain numbers, nats where nothing else is said.
+    """
+
+    def __init__(self):
+        self.mu, self.var, self.parts, self.responsibility, self.scales, self.count = [], [], [], 0.0, [], 0
+
+    @torch.no_grad()
+    def add(self, model, out, kl):
+        """out: VAEOutput of a batch, kl: model.kl_terms(out)."""
+        self.mu.append(out.mu.float().cpu())
+        self.var.append(out.logvar.float().exp().cpu())
+        self.parts.append(torch.stack(kl).cpu().double().mean(1) * len(out.mu))
+        log_r = component_log_probs(model.mixture_latent(out), out.mu_k, out.logvar_k)
+        self.responsibility = self.responsibility + torch.softmax(log_r, 1).cpu().double().sum(0)
+        self.count += len(out.mu)
+
+    def summary(self):
+        """dict: kl_raw, log_q0, log_det, log_p, active_units, signal_share (list of D), effective_components,
+        dead_components, mean_responsibility (list of K)."""
+        mu, var = torch.cat(self.mu).double(), torch.cat(self.var).double()
+        kl, log_q0, log_det, log_p = (torch.stack(self.parts).sum(0) / self.count).tolist()
+        spread = mu.var(0, unbiased=False)                                                      # Var_x(mu_d)
+        r = self.responsibility / self.count                                                    # (K,)
+        entropy = -(r * r.clamp_min(1e-300).log()).sum()
+        return {
+            "kl_raw": kl, "log_q0": log_q0, "log_det": log_det, "log_p": log_p,
+            "active_units": int((spread > 0.01).sum()),
+            "signal_share": (spread / (spread + var.mean(0))).tolist(),
+            "effective_components": entropy.exp().item(),
+            "dead_components": int((r < 0.1 / len(r)).sum()),
+            "mean_responsibility": r.tolist(),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features and Fréchet distance
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+
+
+def hub_file(name):
+    """Where the torch hub cache keeps a weights file: $TORCH_HOME/hub/checkpoints/name."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def load_hub_weights(name, without, build):
+    """build(), which loads the hub's weights file `name`, downloading it if need be.
+
+    Raises UserError that names the file, where it goes, and the flag (`without`) that does without it.
+    """
+    path = hub_file(name)
+    was_there = path.is_file()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")               # lpips calls torchvision's deprecated spelling
+            return build()
+    except (URLError, TimeoutError, ConnectionError) as e:
+        raise UserError(f"the weights {name} are neither at {path} nor can they be downloaded ({e}); put the file "
+                        f"there, or {without}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, AttributeError) as e:
+        if not was_there and not path.is_file():
+            raise
+        raise UserError(f"{path}: damaged, or not the weights of that name ({str(e)[:120]}); delete it so that it is "
+                        f"downloaded again, or {without}") from None
+
+
+class InceptionFeatures:
+    """pytorch-fid's InceptionV3 (its weights, its bilinear resize to 299 without antialias) as a feature extractor.
+
+    dims: 2048 (pool3, the published FID), or the shallower 768, 192, 64 that pytorch-fid's --dims offers.
+    """
+
+    def __init__(self, device, dims=2048, without="use --fid_every 0"):
+        from pytorch_fid.inception import InceptionV3
+        block = InceptionV3.BLOCK_INDEX_BY_DIM[dims]
+        self.model = load_hub_weights(INCEPTION_FILE, without, lambda: InceptionV3([block])).to(device).eval()
+        self.device, self.dims = device, dims
+        self.sha256 = sha256_file(hub_file(INCEPTION_FILE))
+        self.name = f"pytorch-fid InceptionV3 ({INCEPTION_FILE}), {dims} dimensions, bilinear 299 without antialias"
+        self.key = f"inception-{dims}-bilinear299-{self.sha256}"
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """uint8 (B, C, H, W), C 1 or 3 -> float32 (B, dims) on the CPU."""
+        x = images.to(self.device).expand(-1, 3, -1, -1).float() / 255
+        h = self.model(x)[0]
+        return F.adaptive_avg_pool2d(h, 1).flatten(1).float().cpu()
+
+
+def extract_features(extractor, batches, total, desc="features", progress=True):
+    """Features of an iterable of uint8 batches, `total` images in all -> float32 array (total, dims)."""
+    out, n = np.empty((total, extractor.dims), np.float32), 0
+    with tqdm(total=total, desc=desc, unit="img", disable=not progress, leave=False) as bar:
+        for batch in batches:
+            out[n:n + len(batch)] = extractor(batch).numpy()
+            n += len(batch)
+            bar.update(len(batch))
+    if n != total:
+        raise ValueError(f"expected {total} images, got {n}")
+    return out
+
+
+def mean_and_covariance(features):
+    """(N, F) -> mean (F,), covariance (F, F) with N - 1, both float64. Raises UserError below two images."""
+    if len(features) < 2:
+        raise UserError("a covariance needs at least two images")
+    features = features.astype(np.float64)
+    return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), the Fréchet distance of two Gaussians (Heusel et al. 2017,
+    arXiv 1706.08500), in float64.
+
+    The eigenvalues of S1 S2 are those of the symmetric S1^(1/2) S2 S1^(1/2): no general matrix square root is needed,
+    and a singular covariance (fewer images than dimensions) does no harm.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(sigma1, np.float64))
+    root = vectors * np.sqrt(values.clip(0))                                                    # S1^(1/2) up to a rotation
+    cross = np.linalg.eigvalsh(root.T @ np.asarray(sigma2, np.float64) @ root)
+    difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
+    return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(cross.clip(0)).sum())
+
+
+def cached_statistics(folder, key, compute):
+    """mean and covariance from `folder`/<hash of key>.npz, else from compute() -> features (N, F), then cached.
+
+    key says everything the numbers depend on (data, weights, preprocessing). A damaged file is computed again, aloud.
+    """
+    path = Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    if path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as f:  # a zip archive: its checksums are verified on reading
+                if str(f["key"]) == key:
+                    return f["mu"], f["sigma"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            print(f"{path}: damaged, computed again", file=sys.stderr)
+    mu, sigma = mean_and_covariance(compute())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as f:
+        np.savez(f, mu=mu, sigma=sigma, key=key)
+    return mu, sigma
