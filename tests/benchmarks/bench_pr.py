@@ -1,0 +1,105 @@
+"""Time and peak memory of PR_Calculate.manifold_metrics against the three bare matrix products it cannot do without.
+
+    python tests/benchmarks/bench_pr.py                                     # 10,000 x 10,000 x 256, a few seconds
+    python tests/benchmarks/bench_pr.py --n 50000 --m 50000 --dims 256      # the size of the target, minutes on two cores
+    python tests/benchmarks/bench_pr.py --n 50000 --m 50000 --device cuda
+    python tests/benchmarks/bench_pr.py --case duplicates collapsed         # what ties and mode collapse cost
+
+Prints one JSON line per case: seconds (median of the runs), ratio to the products real x real, fake x fake and
+real x fake in float32 over blocks of the same size (median of the ratios of neighbouring runs, products and metric
+taking turns so that both meet the same machine), peak resident memory of the whole process and of the metric alone.
+"""
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from PR_Calculate import manifold_metrics
+from utils import cpu_count
+
+
+def make(case, n, m, dims, seed=0):
+    """Two float32 sets. gauss: like PCA features, the spread falling off over 256 dimensions; duplicates: every fourth
+    point of both sets is one of a few hundred real ones; collapsed: the fake points are ten tight clusters."""
+    rng = np.random.default_rng(seed)
+    spread = (1 / np.sqrt(1 + np.arange(dims))).astype(np.float32)
+    real = rng.standard_normal((n, dims), np.float32) * spread
+    fake = rng.standard_normal((m, dims), np.float32) * spread * np.float32(0.95)
+    if case == "duplicates":
+        real[::4] = real[1 + 4 * rng.integers(0, 100, len(real[::4]))]
+        fake[::4] = real[1 + 4 * rng.integers(0, 100, len(fake[::4]))]
+    elif case == "collapsed":
+        fake = fake[rng.integers(0, 10, m)] + 1e-3 * rng.standard_normal((m, dims), np.float32) * spread
+    return real, fake
+
+
+def bare_products(real, fake, chunk):
+    """The three products over full blocks, into a buffer allocated once; nothing is done with the results."""
+    out = torch.empty(chunk * chunk, dtype=torch.float32, device=real.device)
+    for x, y in ((real, real), (fake, fake), (real, fake)):
+        for a in x.split(chunk):
+            for b in y.split(chunk):
+                torch.matmul(a, b.T, out=out[:len(a) * len(b)].view(len(a), len(b)))
+
+
+def timed(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--n", type=int, default=10000, help="real points (default 10000)")
+    parser.add_argument("--m", type=int, default=10000, help="fake points (default 10000)")
+    parser.add_argument("--dims", type=int, default=256, help="features (default 256)")
+    parser.add_argument("--case", nargs="+", choices=("gauss", "duplicates", "collapsed"), default=["gauss"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--chunk", type=int, default=0, help="points per side of a block, 0 = the default")
+    parser.add_argument("--runs", type=int, default=3, help="times that products and metric take turns (default 3)")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    chunk = args.chunk or (8192 if device.type == "cuda" else 4096)
+    torch.set_float32_matmul_precision("highest")
+
+    for case in args.case:
+        real, fake = (torch.from_numpy(x).to(device) for x in make(case, args.n, args.m, args.dims))
+        warm_up = (real[:2 * chunk], fake[:2 * chunk])
+        bare_products(*warm_up, chunk)
+        manifold_metrics(*warm_up, device=device, chunk=chunk)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pairs = []
+        for _ in range(args.runs):
+            bare, _ = timed(lambda r=real, f=fake: bare_products(r, f, chunk), device)
+            seconds, metrics = timed(lambda r=real, f=fake: manifold_metrics(r, f, device=device, chunk=chunk), device)
+            pairs.append((seconds, bare))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps({
+            "case": case, "N": args.n, "M": args.m, "F": args.dims, "chunk": chunk, "runs": args.runs,
+            "seconds": round(median(s for s, _ in pairs), 3),
+            "bare_products_seconds": round(median(b for _, b in pairs), 3),
+            "ratio": round(median(s / b for s, b in pairs), 3),
+            "ratios": [round(s / b, 3) for s, b in pairs],
+            "peak_rss_mb": round(peak / 1024), "peak_rss_before_mb": round(before / 1024),
+            "peak_device_mb": round(torch.cuda.max_memory_allocated() / 2 ** 20) if device.type == "cuda" else None,
+            "metrics": metrics,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_count()} CPU cores",
+            "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+        }), flush=True)
+
+
+if __name__ == "__main__":
+    main()

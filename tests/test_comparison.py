@@ -1,0 +1,443 @@
+"""comparison.py: statistics against SciPy and brute force, the report, and the command line."""
+import base64
+import html.parser
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy import stats
+
+import comparison
+from comparison import METRICS, Axis, basic_interval, compare, order_names, percentile_interval, read_cache
+from utils import UserError, sha256_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "comparison.py")
+
+
+def sample(n, shift=0.0, seed=0):
+    """A plausible cache: long tails, ratios below 1."""
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({"lap_var": np.exp(rng.normal(-3.5 + shift, 0.8, n)),
+                         "tenengrad": np.exp(rng.normal(-0.7 + shift, 0.6, n)),
+                         "hf_ratio": rng.beta(2, 40, n), "hf_ratio_ac": rng.beta(4, 12, n)})
+
+
+def write_caches(folder, **tables):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.to_csv(folder / f"cache_{name}.csv", index=False)
+    return folder
+
+
+def write_evaluation(folder, name, metrics, protocol, **more):
+    (folder / name).write_text(json.dumps({"metrics": metrics, "protocol": protocol, **more}))
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see of a report."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.lasttag != "style":
+            self.text += data
+
+    def images(self):
+        return [base64.b64decode(a["src"].removeprefix("data:image/png;base64,")) for t, a in self.tags if t == "img"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+@pytest.mark.parametrize("n, m, ties", [(1, 1, False), (7, 4, False), (200, 300, False), (200, 150, True), (9, 1, True),
+                                        (5000, 4000, False)])
+def test_effect_sizes_match_scipy_and_brute_force(n, m, ties):
+    rng = np.random.default_rng(n)
+    x, y = rng.gamma(2, 1, n), rng.gamma(3, 1, m)
+    if ties:
+        x, y = x.round(), y.round()
+    got = {k: e for k, (e, _) in compare(x[:, None], y[:, None], B=0)[0].items()}
+    assert got["wasserstein"] == pytest.approx(stats.wasserstein_distance(x, y), rel=1e-9)
+    assert got["ks"] == pytest.approx(stats.ks_2samp(x, y).statistic, rel=1e-9)
+    assert got["cliff"] == pytest.approx(np.sign(x[:, None] - y[None]).mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100, 101, 1234])
+def test_estimates_match_numpy(n):
+    x = np.random.default_rng(n).normal(size=n)
+    got = compare(x[:, None], B=0)[0]
+    assert got["mean"][0] == pytest.approx(x.mean()) and got["median"][0] == pytest.approx(np.median(x))
+    want = np.sort(x)[[math.ceil(p * n / 100 - 1e-9) - 1 for p in range(1, 100)]]
+    assert np.array_equal(got["percentiles"][0], want)
+
+
+def test_resamples_are_those_of_whole_images():
+    """Each resample equals the statistics of the images that it drew, computed the long way."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 2)).round(1), rng.normal(size=(30, 2)).round(1)
+    drawn = []
+
+    class Recorder:
+        def __init__(self, seed):
+            self.rng, self.mine = real_rng(seed), []
+            drawn.append(self.mine)
+
+        def integers(self, *args):
+            self.mine.append(self.rng.integers(*args))
+            return self.mine[-1]
+
+    real_rng = np.random.default_rng
+    try:
+        np.random.default_rng = Recorder
+        got = compare(x, y, B=20)
+    finally:
+        np.random.default_rng = real_rng
+    for b, (i, k) in enumerate(zip(*drawn, strict=True)):
+        assert len(i) == 40 and len(k) == 30
+        for metric in range(2):
+            g, xs, ys = {f: r[b] for f, (_, r) in got[metric].items()}, x[i, metric], y[k, metric]
+            want = {"mean": xs.mean(), "median": np.median(xs), "ref_mean": ys.mean(), "ref_median": np.median(ys),
+                    "wasserstein": stats.wasserstein_distance(xs, ys), "ks": stats.ks_2samp(xs, ys).statistic,
+                    "cliff": np.sign(xs[:, None] - ys[None]).mean()}
+            for field, value in want.items():
+                assert g[field] == pytest.approx(value, abs=1e-12), field
+            assert np.array_equal(g["percentiles"][[9, 49]], np.sort(xs)[[3, 19]])
+            assert np.array_equal(g["ref_percentiles"][[9, 49]], np.sort(ys)[[2, 14]])
+
+
+def test_interval_of_the_mean_has_the_width_theory_gives():
+    x = np.random.default_rng(1).normal(3, 2, (400, 1))
+    estimate, resamples = compare(x, B=2000)[0]["mean"]
+    low, high = percentile_interval(resamples, 95)
+    standard_error = x.std(ddof=1) / 20
+    assert low < estimate < high
+    assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.08)
+    narrow = np.diff(percentile_interval(resamples, 80))[0]
+    assert narrow / 2 == pytest.approx(1.2816 * standard_error, rel=0.08)
+
+
+def test_distance_interval_takes_the_bias_off():
+    assert basic_interval(0.5, np.linspace(0.5, 0.7, 1001), 90, 1) == pytest.approx([0.31, 0.49])
+    assert basic_interval(0.9, np.linspace(0.6, 1.0, 1001), 90, 1).tolist() == pytest.approx([0.82, 1.0])
+    zero_inside = 0
+    for seed in range(40):                                      # two samples of one distribution: the distance is 0
+        rng = np.random.default_rng(seed)
+        r = compare(rng.normal(size=(150, 1)), rng.normal(size=(150, 1)), B=200)[0]
+        zero_inside += basic_interval(*r["ks"], 95, 1)[0] == 0
+        assert percentile_interval(r["ks"][1], 95)[0] > 0       # which the percentile interval always excludes
+    assert zero_inside >= 32
+
+
+def test_draws_depend_on_seed_and_names_only():
+    x, y = sample(50).to_numpy(), sample(60, seed=1).to_numpy()
+    first = compare(x, y, 30, (0, "a", "real"))
+    again = compare(x[:, :2], y[:, :2], 30, (0, "a", "real"))
+    for j in range(2):
+        assert np.array_equal(first[j]["ks"][1], again[j]["ks"][1])
+    for key in ((1, "a", "real"), (0, "b", "real")):
+        assert not np.array_equal(first[0]["mean"][1], compare(x, y, 30, key)[0]["mean"][1])
+    same = compare(x, x, 30, (0, "real", "real"))[0]            # even alike, the two sides are drawn independently
+    assert not np.array_equal(same["mean"][1], same["ref_mean"][1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def test_order_names():
+    names = ["real", "b", "VAE", "a"]
+    assert order_names(names, "VAE, nix,real,VAE") == (["VAE", "real", "a", "b"], ["nix"])
+    assert order_names(names, "") == (["VAE", "a", "b", "real"], [])
+
+
+@pytest.mark.parametrize("text, what", [
+    ("", "cannot be read"), ("lap_var,tenengrad,hf_ratio\n", "no rows"), ("lap_var,hf_ratio\n1,0.5\n", "tenengrad"),
+    ("lap_var,tenengrad,hf_ratio\n1,1,0.5\n1,x,0.5\n", "row 2, column tenengrad: 'x'"),
+    ("lap_var,tenengrad,hf_ratio\n1,,0.5\n", "row 1, column tenengrad"),
+    ("lap_var,tenengrad,hf_ratio\nnan,1,0.5\n", "row 1, column lap_var"),
+    ("lap_var,tenengrad,hf_ratio\ninf,1,0.5\n", "row 1, column lap_var"),
+    ("lap_var,tenengrad,hf_ratio\n-1,1,0.5\n", "'-1'"), ("lap_var,tenengrad,hf_ratio\n1,1,1.5\n", "'1.5'"),
+    ("lap_var,tenengrad,hf_ratio,hf_ratio_ac\n1,1,0.5,-\n", "hf_ratio_ac"), ("\0\0\0", "column"),
+])
+def test_bad_caches_are_one_line_and_exit_code_2(tmp_path, script, text, what):
+    folder = write_caches(tmp_path / "in", real=sample(5))
+    (folder / "cache_bad.csv").write_text(text)
+    with pytest.raises(UserError):
+        read_cache(folder / "cache_bad.csv")
+    code, stdout, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out")
+    assert code == 2 and stdout == "" and not (tmp_path / "out").exists()
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and "cache_bad.csv" in stderr and what in stderr
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "file", "out_is_a_file"])
+def test_bad_folders_are_one_line_and_exit_code_2(tmp_path, script, case):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    if case == "empty":
+        folder.mkdir()
+        (folder / "real_statistics.csv").write_text("x")
+    elif case == "file":
+        folder.write_text("x")
+    elif case == "out_is_a_file":
+        write_caches(folder, real=sample(5))
+        out.write_text("x")
+    code, stdout, stderr = script("--cache_dir", folder, "--out_dir", out)
+    assert code == 2 and stdout == "" and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert str(out if case == "out_is_a_file" else folder) in stderr and not out.is_dir()
+
+
+@pytest.mark.parametrize("flags", [("--bootstrap", "-1"), ("--confidence", "100"), ("--whiskers", "30", "99"),
+                                   ("--scale", "cubic"), ("--dpi", "1")])
+def test_flags_out_of_range_are_refused(tmp_path, script, flags):
+    code, _, stderr = script("--cache_dir", write_caches(tmp_path / "in", real=sample(5)), "--out_dir",
+                             tmp_path / "out", *flags)
+    assert code == 2 and flags[0] in stderr and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+def test_axis_is_logarithmic_for_long_tails_only():
+    rng = np.random.default_rng(0)
+    assert Axis({"a": np.exp(rng.normal(0, 1, 500))}, "auto").log
+    assert not Axis({"a": rng.normal(10, 1, 500)}, "auto").log
+    assert not Axis({"a": np.exp(rng.normal(0, 1, 500)) * (rng.random(500) > 0.1)}, "auto").log     # a tenth is 0
+    assert not Axis({"a": np.exp(rng.normal(0, 1, 500))}, "linear").log
+    assert Axis({"a": rng.normal(10, 1, 500)}, "log").log
+    assert not Axis({"a": np.zeros(5)}, "log").log
+    for value in (0.0, 3.0):                                    # a constant still has an axis of some length around it
+        axis = Axis({"a": np.full(5, value)}, "auto")
+        assert axis.low < value < axis.high
+
+
+def test_axis_says_what_it_leaves_out():
+    values = np.exp(np.random.default_rng(0).normal(0, 0.7, 4000))
+    assert Axis({"a": values}, "auto").note == "Every image is within the axis."
+    values[:3], values[3] = 0, 1e6
+    axis = Axis({"a": values, "b": values[4:]}, "auto")
+    assert axis.log and "a: 3 of 4,000 are 0" in axis.note and "a: 1 of 4,000 (from 1e+06 to 1e+06)" in axis.note
+    assert "b:" not in axis.note
+    assert np.isnan(axis.place(values)).sum() == 4
+    linear = Axis({"a": values}, "linear")
+    assert np.isnan(linear.place(values)).sum() == 1 and "1 of 4,000" in linear.note and "are 0" not in linear.note
+
+
+def test_box_figure_shows_quartiles_whiskers_and_every_outlier():
+    values = np.exp(np.random.default_rng(0).normal(0, 1, 1000))
+    samples = {"VAE": values, "real": values * 2}
+    fig = comparison.box_figure("lap_var", samples, Axis(samples, "auto"), (1, 99))
+    ax = fig.axes[0]
+    boxes = [p for p in ax.patches if p.get_width() > 0]
+    for box, v in zip(boxes, samples.values()):
+        assert [box.get_x(), box.get_x() + box.get_width()] == pytest.approx(np.percentile(v, [25, 75]))
+    points = [c.get_offsets() for c in ax.collections if c.get_offsets().shape[0] > 1 and hasattr(c, "get_sizes")
+              and len(c.get_sizes())]
+    assert [len(p) for p in points] == [20, 20]                 # 1 % on either side
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]                  # the first variant on top
+    assert "grey level²" in ax.get_xlabel() and "logarithmic" in ax.get_xlabel()
+    plt.close(fig)
+
+
+def test_density_is_a_density_on_the_data_only():
+    t = np.random.default_rng(0).normal(0, 1, 20000)
+    grid, d = comparison.density(t, -8, 8)
+    assert d.max() == 1
+    want = np.exp(-grid ** 2 / 2)
+    inside = (grid > t.min() + 0.1) & (grid < t.max() - 0.1)
+    assert np.abs(d - want)[inside].max() < 0.06
+    assert (d[(grid < t.min() - 0.02) | (grid > t.max() + 0.02)] == 0).all()
+    for flat in (np.full(5, 2.0), np.full(5, np.nan)):
+        assert np.isfinite(comparison.density(flat, 1, 3)[1]).all()
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_difference_figure_shows_the_quantile_ratio_or_difference(zeros):
+    x, y = sample(300, -0.5), sample(300, seed=1)
+    if zeros:
+        y.loc[:9, "lap_var"] = 0                                # then the lowest percentiles have no ratio
+    result = compare(x[["lap_var"]].to_numpy(), y[["lap_var"]].to_numpy(), B=20)[0]
+    fig, ratio, relative = comparison.difference_figure("lap_var", ["m"], {"m": result}, 95)
+    curve = fig.axes[0].lines[0].get_ydata()
+    a, b = (np.sort(v["lap_var"])[3 * np.arange(1, 100) - 1] for v in (x, y))
+    assert ratio == (not zeros) and relative
+    np.testing.assert_allclose(curve, a / b if ratio else a - b, rtol=1e-12)
+    mean = fig.axes[1].lines[0].get_xdata()[0]
+    assert mean == pytest.approx(100 * (x.lap_var.mean() / y.lap_var.mean() - 1))
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+ODD = "$x^2$ <b>&|_it_"
+
+
+def test_command_writes_report_tables_and_figures(tmp_path):
+    tables = {"VAE": sample(300, -1), "CrossVampVAE": sample(250, -0.3, 1), "real": sample(400, 0, 2),
+              ODD: sample(60, 0.2, 3)[["lap_var", "tenengrad", "hf_ratio"]]}
+    tables["VAE"].insert(0, "file", [f"{i},.png" for i in range(300)])
+    folder = write_caches(tmp_path / "in", **tables)
+    protocol = {"n_fake": 50000, "features": {"name": "inception"}, "k": 3, "note": "<i>"}
+    write_evaluation(folder, "evaluation_VAE.json", {"fid": 91.25, "kid": 0.05, "kid_std": 0.002, "recall": None,
+                                                     "precision": 0.625, "prior_gap": 12.5}, protocol)
+    write_evaluation(folder, "pr_x.json", {"fid": 61.5, "coverage": 0.75}, protocol, tag="CrossVampVAE")
+    (folder / "cache_VAE.json").write_text('{"definitions": 1}')
+    (folder / "other.json").write_text("{")
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, SCRIPT, "--cache_dir", folder, "--out_dir", out, "--bootstrap", "60",
+                           "--model_order", "VAE,nix,CrossVampVAE,real", "--dpi", "60", "--pdf"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: --model_order names nix") and done.stderr.count("\n") == 1
+    assert all(name in done.stderr for name in tables)
+
+    figures = [f"{kind}_{metric}" for metric in METRICS for kind in ("box", "violin", "difference")]
+    assert sorted(os.listdir(out)) == sorted(["report.html", "summary.csv", "summary.md", "evaluation.csv",
+                                              *(f + ".png" for f in figures), *(f + ".pdf" for f in figures)])
+    for f in figures:
+        assert Image.open(out / f"{f}.png").size[0] == 432 and (out / f"{f}.pdf").read_bytes()[:5] == b"%PDF-"
+
+    summary = pd.read_csv(out / "summary.csv")
+    assert summary[summary.metric == "lap_var"].variant.tolist() == ["VAE", "CrossVampVAE", "real", ODD]
+    assert summary[summary.metric == "hf_ratio_ac"].variant.tolist() == ["VAE", "CrossVampVAE", "real"]
+    for _, row in summary.iterrows():
+        x, y = tables[row.variant][row.metric], tables["real"][row.metric]
+        assert row.n == len(x) and row["std"] == pytest.approx(x.std()) and row.p90 == pytest.approx(x.quantile(0.9))
+        assert row.mean_low < row["mean"] < row.mean_high and row.median_low <= row["median"] <= row.median_high
+        if row.variant == "real":
+            assert math.isnan(row.wasserstein)
+        else:
+            assert row.wasserstein == pytest.approx(stats.wasserstein_distance(x, y))
+            assert row.ks == pytest.approx(stats.ks_2samp(x, y).statistic)
+            assert row.mean_difference == pytest.approx(x.mean() - y.mean())
+            assert row.cliff_low <= row.cliff <= row.cliff_high
+
+    page = Page(out / "report.html")
+    assert page.images() == [(out / f"{f}.png").read_bytes() for f in figures]
+    used = {tag for tag, _ in page.tags}
+    assert not used & {"script", "link", "iframe", "b", "i", "base", "object"}
+    assert not [a for t, a in page.tags if t != "img" and ("src" in a or "href" in a)]
+    assert "http:" not in page.source and "https:" not in page.source and "url(" not in page.source
+    for text in (ODD, "--model_order names nix", "B = 60", "seed 0", "n_fake: 50000", "note: <i>", "prior_gap = 12.5",
+                 "0.05 ± 0.002", "95 % bootstrap", "has no hf_ratio_ac"):
+        assert text in page.text, text
+    assert "not comparable" not in page.text
+    assert all(a["alt"] for t, a in page.tags if t == "img")
+
+    evaluation = pd.read_csv(out / "evaluation.csv")
+    assert evaluation.variant.tolist() == ["VAE", "CrossVampVAE"] and evaluation.fid.tolist() == [91.25, 61.5]
+    assert math.isnan(evaluation.coverage[0]) and "recall" not in evaluation
+    text = (out / "summary.md").read_text()
+    assert re.search(r"\| VAE \| 91.25 \| 0.05 ± 0.002 \| 0.625 \| – \| evaluation\\_VAE.json \|", text)
+    assert r"\$x^2\$ \<b\>\&\|\_it\_" in text
+    for line in text.splitlines():
+        if line.startswith("| VAE | 300"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 7
+
+
+def test_without_real_there_are_no_differences(tmp_path, script):
+    folder = write_caches(tmp_path / "in", VAE=sample(30))
+    code, stdout, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+    assert code == 0 and "no cache_real.csv" in stderr
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == sorted(
+        f"{kind}_{m}.png" for m in METRICS for kind in ("box", "violin"))
+    page = Page(tmp_path / "out" / "report.html")
+    assert "No difference plot" in page.text and "no cache_real.csv" in page.text and "Wasserstein-1" in page.text
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert "ks" not in summary and summary.mean_low.isna().all() and not (tmp_path / "out" / "evaluation.csv").exists()
+
+
+def test_tiny_constant_and_extreme_values_are_drawn(tmp_path, script):
+    one = sample(1)
+    zero = pd.DataFrame(np.zeros((40, 4)), columns=list(METRICS))
+    wild = sample(300)
+    wild.loc[0, "lap_var"], wild.loc[1, "lap_var"] = 1e9, 1e-30
+    folder = write_caches(tmp_path / "in", one=one, zero=zero, wild=wild, real=sample(50, seed=5))
+    code, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 5, "--dpi", 40)
+    assert code == 0 and "Warning" not in stderr and "Traceback" not in stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 12
+    assert "1e+09" in Page(tmp_path / "out" / "report.html").text
+
+
+def test_evaluations_with_different_protocols_are_not_comparable(tmp_path):
+    base = {"real": {"images": 50000, "folder": "a"}, "features": {"name": "inception"}, "k": 3, "pca": "none",
+            "checkpoint": "a", "checkpoint_sha256": "1", "fake": {"distinct_images": 9, "manifest": {"count": 9}}}
+    same = {**base, "checkpoint_sha256": "2", "fake": {"distinct_images": 8, "manifest": {"count": 8}}, "seed": 5,
+            "real": {"images": 50000, "folder": "b"}}
+    for change in ({}, {"k": 5}, {"pca": "256 dimensions"}, {"features": {"name": "vgg16"}},
+                   {"real": {"images": 10000}}):
+        for old in tmp_path.glob("*.json"):
+            old.unlink()
+        write_evaluation(tmp_path, "evaluation_a.json", {"fid": 1}, base)
+        write_evaluation(tmp_path, "pr_b.json", {"fid": 2}, {**same, **change})
+        write_evaluation(tmp_path, "bare.json", {"fid": True, "kid": "x", "recall": 0.5}, None)
+        (tmp_path / "list.json").write_text("[1]")
+        (tmp_path / "evaluation_c.json").write_text("{")
+        found, warnings = comparison.read_evaluations(tmp_path)
+        assert [e["tag"] for e in found] == ["bare", "a", "b"] and found[0]["metrics"] == {"recall": 0.5}
+        assert len(warnings) == 1 and "evaluation_c.json" in warnings[0]
+        differ = comparison.differing({e["tag"]: e["protocol"] for e in found}, comparison.evaluation_key_matters)
+        assert len(differ) == len(change)
+        if change:
+            assert next(iter(differ)).startswith(next(iter(change)))
+
+
+def test_different_protocols_are_said_visibly(tmp_path, script):
+    folder = write_caches(tmp_path / "in", a=sample(20), real=sample(20, seed=1))
+    for name, r0, size in (("a", 0.25, "32x32"), ("real", 0.5, "64x64")):
+        write_evaluation(folder, f"evaluation_{name}.json", {"fid": 1.0}, {"k": 3 if name == "a" else 5})
+        (folder / f"cache_{name}.json").write_text(json.dumps(
+            {"definitions": {"r0": r0}, "sizes": {size: 20}, "skipped": ["x"], "folder": "f",
+             "cache_sha256": sha256_file(folder / f"cache_{name}.csv")}))
+    code, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+    page = Page(tmp_path / "out" / "report.html")
+    for said in (stderr, page.text, (tmp_path / "out" / "summary.md").read_text()):
+        assert "not comparable, k differs" in said and "not comparable, r0 differs" in said
+        assert "image sizes" in said and "1 unreadable files were left out" in said
+    assert code == 0 and sum(a.get("class") == "warning" for _, a in page.tags) == 2
+
+    (folder / "cache_a.csv").write_text((folder / "cache_a.csv").read_text() + "1,1,0.5,0.5\n")
+    assert any("cache_a.csv has been edited" in w for w in comparison.load_variants(folder, "")[2])
+
+
+def test_same_input_gives_the_same_report(tmp_path, script):
+    folder = write_caches(tmp_path / "in", a=sample(40), b=sample(30, seed=4), real=sample(20, seed=1))
+    for out, workers in (("one", 1), ("two", 3)):
+        assert script("--cache_dir", folder, "--out_dir", tmp_path / out, "--bootstrap", 20, "--dpi", 40, "--workers",
+                      workers, "--seed", 7)[0] == 0
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(tmp_path, script, monkeypatch):
+    folder = write_caches(tmp_path / "in", real=sample(20))
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+    assert code == 2 and "disk is full" in stderr and stderr.count("\n") == 1
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_png_bytes_are_images():
+    fig, _ = plt.subplots()
+    data = comparison.render(fig, "png", 50)
+    plt.close(fig)
+    assert Image.open(io.BytesIO(data)).format == "PNG"
