@@ -527,10 +527,12 @@ def read_checkpoint(path, device="cpu"):
         if damaged:
             raise UserError(f"{path}: damaged (checksum of {damaged}); use an earlier checkpoint")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, NotImplementedError):
-        raise UserError(f"{path}: truncated or not a checkpoint; use an earlier one") from None
+    except (UserError, OSError):
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and plain values, refused; not a checkpoint of train.py") from None
+    except Exception:                                     # a damaged pickle can raise anything
+        raise UserError(f"{path}: truncated or not a checkpoint; use an earlier one") from None
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of train.py (no {', '.join(missing)})")
@@ -609,19 +611,33 @@ def load_hub_weights(name, without, build):
     Raises UserError that names the file, where it goes, and the flag (`without`) that does without it.
     """
     path = hub_file(name)
-    was_there = path.is_file()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tensors_only():
             warnings.simplefilter("ignore")               # lpips calls torchvision's deprecated spelling
             return build()
     except (URLError, TimeoutError, ConnectionError) as e:
         raise UserError(f"the weights {name} are neither at {path} nor can they be downloaded ({e}); put the file "
                         f"there, or {without}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, AttributeError) as e:
-        if not was_there and not path.is_file():
+    except Exception as e:                                # a damaged pickle can raise anything
+        if not path.is_file() or (isinstance(e, OSError) and e.errno in ERRNO_HINTS):
             raise
         raise UserError(f"{path}: damaged, or not the weights of that name ({str(e)[:120]}); delete it so that it is "
                         f"downloaded again, or {without}") from None
+
+
+@contextlib.contextmanager
+def tensors_only():
+    """torch.load refuses anything but tensors and plain values, also where a library calls it without weights_only."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class InceptionFeatures:

@@ -1,5 +1,6 @@
 """Features and Fréchet distance in utils.py: agreement with pytorch-fid's command line and with closed forms."""
 import os
+import pickle
 import subprocess
 import sys
 
@@ -16,7 +17,9 @@ from utils import (
     decode_images,
     extract_features,
     frechet_distance,
+    hub_file,
     list_images,
+    load_hub_weights,
     mean_and_covariance,
 )
 
@@ -55,12 +58,45 @@ def test_grey_images_have_the_features_of_their_rgb_copies(fake_hub):
     assert features.shape == (2, 192) and torch.equal(features, extractor(grey.repeat(1, 3, 1, 1)))
 
 
-def test_missing_or_damaged_weights_are_named(fake_hub, tmp_path, monkeypatch):
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_damaged_or_malicious_weights_are_named_and_do_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    path = hub_file("weights.pth")
     path.parent.mkdir(parents=True)
-    path.write_bytes(os.urandom(1000))
+
+    def load():
+        load_hub_weights("weights.pth", "leave it out", lambda: torch.load(path, weights_only=False))
+
+    rng = np.random.default_rng(0)
+    for size in (0, 1, *[1000] * 200):                        # random bytes are read as pickle opcodes: many errors
+        path.write_bytes(rng.bytes(size))
+        with pytest.raises(UserError, match="damaged, or not the weights.*leave it out"):
+            load()
+    for data in (pickle.dumps(Payload(tmp_path / "harm")), pickle.dumps({"weights": Payload(tmp_path / "harm")})):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="damaged, or not the weights"):
+            load()
+    torch.save(Payload(tmp_path / "harm"), path)
     with pytest.raises(UserError, match="damaged, or not the weights"):
+        load()
+    assert not (tmp_path / "harm").exists()
+
+
+def test_inception_weights_are_loaded_through_the_checks(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = hub_file("pt_inception-2015-12-05-6726825d.pth")
+    path.parent.mkdir(parents=True)
+    torch.save({"conv": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match=f"(?s){path}: damaged, or not the weights of that name.*--fid_every 0"):
         InceptionFeatures(torch.device("cpu"), 64)
 
 
