@@ -41,7 +41,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
 from tqdm import tqdm
 
-from utils import UserError, atomic_write, cpu_count, run, sha256_file, writable_folder
+from utils import UserError, atomic_write_all, cpu_count, run, sha256_file, writable_folder
 
 REFERENCE = "real"
 REQUIRED = ("lap_var", "tenengrad", "hf_ratio")
@@ -874,9 +874,9 @@ def main(argv=None):
     files["summary.csv"] = pd.DataFrame(records).to_csv(index=False, lineterminator="\n")
     files["summary.md"] = "\n\n".join(md) + "\n"
     files["report.html"] = html_report(heading, sections)
-    for name, content in files.items():
-        with atomic_write(out / name) as f:
-            f.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    # All or none: figures of this run beside tables of the last one would look like one result.
+    atomic_write_all({out / name: content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+                      for name, content in files.items()})
 
     sizes = Counter(Path(name).suffix[1:] for name in files)
     print(f"{out / 'report.html'}: {len(tables)} variants, {len(results)} metrics, {sizes['png']} figures")

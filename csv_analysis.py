@@ -38,6 +38,7 @@ from tqdm import tqdm
 from utils import (
     UserError,
     atomic_write,
+    atomic_write_all,
     cpu_count,
     list_images,
     read_image,
@@ -315,15 +316,11 @@ def cached_table(cache, fingerprint, definitions, names, digest, skip_corrupt):
 
 
 def write_results(cache, fingerprint, summary, table, record):
-    """The three files of a tag. All are whole before the first takes its name; on an error none does."""
+    """The three files of a tag, all or none."""
     text = table.to_csv(index=False, lineterminator="\n").encode("utf-8", "surrogateescape")
     record = {**record, "cache_sha256": hashlib.sha256(text).hexdigest()}
-    contents = (statistics(table).to_csv(index=False, lineterminator="\n").encode(), text,
-                (json.dumps(record, indent=2) + "\n").encode("utf-8"))
-    with atomic_write(summary) as a, atomic_write(cache) as b, atomic_write(fingerprint) as c:
-        for f, content in zip((a, b, c), contents):
-            f.write(content)
-            f.flush()                                           # a full disk shows here, not after the first rename
+    atomic_write_all({summary: statistics(table).to_csv(index=False, lineterminator="\n").encode(), cache: text,
+                      fingerprint: (json.dumps(record, indent=2) + "\n").encode("utf-8")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

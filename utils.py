@@ -26,7 +26,7 @@ from models.vamp_flow import CrossFlowVampVAE, component_log_probs
 __all__ = [
     "UserError", "run", "true_false", "add_data_flags", "add_device_flag",
     "pick_device", "seeded", "cpu_count",
-    "atomic_write", "write_json", "read_json", "sha256_file", "writable_folder",
+    "atomic_write", "atomic_write_all", "write_json", "read_json", "sha256_file", "writable_folder",
     "IMAGE_EXTENSIONS", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images", "save_png",
     "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
@@ -48,6 +48,7 @@ ERRNO_HINTS = {
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
     errno.EACCES: "permission denied; check the owner and mode, or choose another folder",
     errno.EPERM: "permission denied; check the owner and mode, or choose another folder",
+    errno.EISDIR: "it is a folder, not a file; move it away or choose another name",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOENT: "it does not exist (was it deleted while the program ran?)",
 }
@@ -139,25 +140,50 @@ def cpu_count():
 # Files
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb", **kwargs):
-    """Open a file that takes the name `path` only when it is whole and on the disk; on any error nothing is left."""
+def _temporary_file(path):
+    """A new file beside `path`, to be filled and renamed to it: its name. Removed on any error, which then names `path`."""
     path = Path(path)
+    if path.is_dir():                                         # found now, not when other files have taken their names
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(fd)
     try:
-        with os.fdopen(fd, mode, **kwargs) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(tmp, 0o666 & ~umask)                    # mkstemp makes files that only their owner can read
-        os.replace(tmp, path)
+        yield tmp
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(tmp)
         if isinstance(e, OSError) and e.filename is None:     # a full disk does not say which file it was
             e.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb", **kwargs):
+    """Open a file that takes the name `path` only when it is whole and on the disk; on any error nothing is left."""
+    with _temporary_file(path) as tmp:
+        with open(tmp, mode, **kwargs) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+
+
+def atomic_write_all(contents):
+    """Write files that belong together, {path: bytes}: all are whole and on the disk before the first takes its name."""
+    with contextlib.ExitStack() as stack:
+        names = []
+        for path, content in contents.items():
+            tmp = stack.enter_context(_temporary_file(path))
+            names.append((tmp, path))
+            with open(tmp, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+        for tmp, path in names:
+            os.replace(tmp, path)
 
 
 def write_json(path, value):

@@ -425,15 +425,23 @@ def test_same_input_gives_the_same_report(tmp_path, script):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
-def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(tmp_path, script, monkeypatch):
+@pytest.mark.parametrize("files", [0, 8])
+def test_full_disk_is_one_line_and_leaves_the_old_report(files, tmp_path, script, monkeypatch):
+    """The disk is full after so many files."""
     folder = write_caches(tmp_path / "in", real=sample(20))
+    flags = ("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+    assert script(*flags)[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    written = []
 
     def full(fd):
-        raise OSError(28, "No space left on device")
+        written.append(fd)
+        if len(written) > files:
+            raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    code, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
-    assert code == 2 and "disk is full" in stderr and stderr.count("\n") == 1
-    assert os.listdir(tmp_path / "out") == []
+    code, _, stderr = script(*flags, "--scale", "linear", "--seed", 1)
+    assert code == 2 and "disk is full" in stderr and stderr.count("\n") == 1 and len(written) == files + 1
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
 def test_png_bytes_are_images():

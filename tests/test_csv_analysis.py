@@ -275,17 +275,20 @@ def test_corrupt_images_stop_or_are_counted(cached):
     assert again()[0] == 2                                      # what was skipped then still stops a run that may not
 
 
-def test_full_disk_leaves_the_old_results(cached, monkeypatch):
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_full_disk_leaves_the_old_results(files, cached, monkeypatch):
+    """The disk is full after so many files."""
     again, _, out = cached
     before = {p: p.read_bytes() for p in out.iterdir()}
-    calls = []
+    written = []
 
     def full(fd):
-        calls.append(fd)
-        raise OSError(28, "No space left on device")
+        written.append(fd)
+        if len(written) > files:
+            raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     code, _, stderr = again("--r0", "0.5")
-    assert code == 2 and calls and "disk is full" in stderr and stderr.count("\n") == 1
+    assert code == 2 and len(written) == files + 1 and "disk is full" in stderr and stderr.count("\n") == 1
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
