@@ -14,7 +14,8 @@ and to save_dir/<exp_name of the checkpoint>/test
     samples, components, interpolations, reconstructions, nearest, latent_map (PNG), test_log.txt
     diagnostics.json, diagnostics.png    --diagnose
     nll.json                             --nll
-    evaluation_<tag>.json                --evaluate; a copy goes to save_dir/single_image_quality for comparison.py
+    evaluation_<tag>.json                --evaluate, of the first --eval_images samples of the seed, which are the first
+                                         of the export; a copy goes to save_dir/single_image_quality for comparison.py
 
 The model and the data set come from the checkpoint alone. An export that was cut short goes on where it stopped, a
 complete one is used again, and one that does not match is never mixed with.
@@ -58,6 +59,7 @@ from PR_Calculate import (
     project,
 )
 from utils import (
+    LATENT_BLOCK,
     MANIFEST,
     InceptionFeatures,
     LatentHealth,
@@ -377,7 +379,8 @@ def plan_exports(args, model, sets, identity):
         add("real", manifest("real", len(chosen), split=args.real_split, data=data.fingerprint),
             lambda start: data.batches(chosen[start:].split(1000), torch.device("cpu")))
     if args.do_fake:
-        add("fake", manifest("samples", args.num_samples, **identity, seed=args.seed, temperature=args.temperature),
+        add("fake", manifest("samples", args.num_samples, **identity, seed=args.seed, temperature=args.temperature,
+                             latents=f"drawn in blocks of {LATENT_BLOCK}"),
             lambda start: generate_images(model, args.num_samples, args.gen_batch_size, args.seed, args.temperature,
                                           start))
     if args.do_recon:
@@ -674,10 +677,18 @@ def evaluate(args, model, data, extractor):
             yield reconstruct(model, images, noise[done:done + len(images)].to(device), flow)
             done += len(images)
 
+    def samples():
+        # In the batches of the export, since rounding may depend on the size of a batch.
+        left = n
+        for images in generate_images(model, max(n, args.num_samples), batch, args.seed, args.temperature):
+            yield images[:left]
+            left -= len(images)
+            if left <= 0:
+                return
+
     real = distinct_features(extractor, data.batches(reference.split(batch), torch.device("cpu")), n, seen,
                              "features of real images")
-    samples = generate_images(model, n, batch, args.seed, args.temperature)
-    fake = distinct_features(extractor, samples, n, seen, "features of samples")
+    fake = distinct_features(extractor, samples(), n, seen, "features of samples")
     statistics = mean_and_covariance(real)
     kid, kid_std = kernel_distance(real, fake, seed=args.seed, device=device)
     metrics = {"fid": frechet_distance(*statistics, *mean_and_covariance(fake)), "kid": kid, "kid_std": kid_std}
@@ -700,7 +711,8 @@ def evaluate(args, model, data, extractor):
     protocol = {
         "real": {"images": n, "split": args.real_split, "choice": "all" if n == len(data) else f"{n} evenly spaced",
                  "size": size, "content": data.fingerprint},
-        "fake": {"images": n, "size": size, "temperature": args.temperature},
+        "fake": {"images": n, "choice": f"the first {n} samples of the seed, as --do_fake exports them", "size": size,
+                 "temperature": args.temperature},
         "reconstructed": {"images": n, "choice": how, "latent": "z0 ~ q(z0|x), one sample"},
         "features": {"name": extractor.name, "sha256": extractor.sha256, "dims": extractor.dims},
         "fid": "on all features, before PCA, float64",
@@ -876,8 +888,7 @@ def save_pictures(args, model, sets, posterior, folder, flip):
     """All pictures; returns lines for the log."""
     train, held_out = sets["train"], sets["test"]
     device, zoom = next(model.parameters()).device, max(1, 64 // model.img_size)
-    samples = next(generate_images(model, max(64, args.num_samples), 64, args.seed, args.temperature))
-    samples = samples[:64]
+    samples = next(generate_images(model, 64, 64, args.seed, args.temperature))
     save_png(folder / "samples.png", image_grid(samples.cpu(), 8), zoom)
 
     usage = posterior.health["mean_responsibility"]

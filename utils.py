@@ -27,8 +27,8 @@ __all__ = [
     "UserError", "run", "true_false", "add_data_flags", "add_device_flag",
     "pick_device", "seeded", "cpu_count",
     "atomic_write", "atomic_write_all", "write_json", "read_json", "sha256_file", "writable_folder",
-    "IMAGE_EXTENSIONS", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images", "save_png",
-    "image_grid", "generate_images",
+    "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images",
+    "save_png", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
     "save_checkpoint", "read_checkpoint", "load_model", "LatentHealth",
     "hub_file", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance", "frechet_distance",
@@ -242,6 +242,7 @@ def writable_folder(path, flag):
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 IMAGE_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+LATENT_BLOCK = 1000                 # latents drawn at once; another number gives other samples for the same seed
 MANIFEST = "manifest.json"          # in every folder of exported images; the folder data set passes such folders over
 
 
@@ -347,12 +348,20 @@ def decode_images(paths, channels=3, size=None, desc="decoding images", progress
 def generate_images(model, n, batch_size, seed, temperature=1.0, start=0):
     """n images of the prior as uint8 batches (B, C, H, W), B <= batch_size; for FID in training and for export alike.
 
-    All latents are drawn up front from one generator on the CPU: the same seed gives the same latents whatever the
-    batch size or device. start: the first `start` images are passed over, not decoded.
+    Latents are drawn in blocks, each whole and from a generator of its own on the CPU: the same seed gives the same
+    latents whatever the batch size or device, and the same first ones whatever n. start: the first `start` images are
+    passed over, not decoded.
     """
-    latents = model.sample_latents(n, temperature, seeded("cpu", seed, "samples"))
-    for z in latents[start:].split(batch_size):
-        yield to_uint8(model.decode(z))
+    prior = model.prior_params()
+    rest = prior[0][:0]                                       # latents that wait for a full batch, (b, D)
+    for block in range(start // LATENT_BLOCK, math.ceil(n / LATENT_BLOCK)):
+        first = block * LATENT_BLOCK
+        z = model.sample_latents(LATENT_BLOCK, temperature, seeded("cpu", seed, "samples", block), prior)
+        *full, rest = torch.cat([rest, z[max(start - first, 0):n - first]]).split(batch_size)
+        for batch in full:
+            yield to_uint8(model.decode(batch))
+    if len(rest):
+        yield to_uint8(model.decode(rest))
 
 
 def image_grid(images, columns):

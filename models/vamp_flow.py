@@ -565,12 +565,13 @@ class CrossFlowVampVAE(nn.Module):
 
     # -- generation -------------------------------------------------------------------------------------------------
 
-    def sample_latents(self, n, temperature=1.0, generator=None):
+    def sample_latents(self, n, temperature=1.0, generator=None, prior=None):
         """n draws of zK from the prior: k uniform, N(mu_k, (temperature sigma_k)^2) -> (n, D).
 
         Drawn on the generator's device (the CPU without one), so that a seed gives the same latents on any device.
+        prior, (mu_k, logvar_k) from prior_params(), spares encoding the pseudo-inputs again.
         """
-        mu_k, logvar_k = self.prior_params()
+        mu_k, logvar_k = self.prior_params() if prior is None else prior
         device = generator.device if generator is not None else "cpu"
         k = torch.randint(len(mu_k), (n,), generator=generator, device=device).to(mu_k.device)
         eps = torch.randn(n, self.latent_dim, generator=generator, device=device).to(mu_k)

@@ -179,6 +179,25 @@ def test_same_seed_same_images_whatever_the_batch(checkpoint, data, monkeypatch,
     assert (a - b).abs().max() <= 1 and (a - c).abs().max() > 20
 
 
+@pytest.mark.parametrize("flags", [(), ("--flow_prior", "pushed"), ("--prior", "standard", "--flow_length", "0")])
+def test_first_samples_do_not_depend_on_how_many_follow(flags, data, tmp_path):
+    model, _ = load_model(make_checkpoint(tmp_path / "run", data, *flags), "cpu")
+    decoded = []
+    model.decode = lambda z: decoded.append(z) or z
+
+    def latents(n, batch_size, start=0):
+        decoded.clear()
+        sizes = [len(batch) for batch in generate_images(model, n, batch_size, seed=3, start=start)]
+        assert all(size == batch_size for size in sizes[:-1]) and sum(sizes) == n - start
+        return torch.cat(decoded) if decoded else torch.empty(0, 4)
+
+    whole = latents(2500, 100)
+    assert len(whole.unique(dim=0)) == 2500                     # no block repeats another
+    for n, batch_size, start in ((1, 1, 0), (999, 7, 0), (1000, 1000, 0), (1001, 64, 0), (2000, 3000, 0),
+                                 (2500, 1300, 0), (2500, 30, 1000), (2400, 100, 1990), (1500, 10, 1500)):
+        assert torch.equal(latents(n, batch_size, start), whole[start:n]), (n, batch_size, start)
+
+
 def test_weights_temperature_and_reconstructions(checkpoint, data, monkeypatch, tmp_path):
     export(monkeypatch, tmp_path, checkpoint, "--weights", "raw", "--temperature", 0.5, "--do_recon", "True", "--recon_split",
            "test")
@@ -287,7 +306,8 @@ def test_failed_write_leaves_no_half_file_and_a_true_manifest(checkpoint, data, 
     assert len(read(folder)[0]) == 25
 
 
-@pytest.mark.parametrize("change", ["seed", "temperature", "weights", "count", "checkpoint", "beyond", "damaged", "no count"])
+@pytest.mark.parametrize("change", ["seed", "temperature", "weights", "count", "checkpoint", "latents", "beyond", "damaged",
+                                    "no count"])
 def test_another_export_is_never_mixed_with(change, checkpoint, data, monkeypatch, tmp_path):
     export(monkeypatch, tmp_path, checkpoint)
     folder, path = data / "fake_cifar", checkpoint
@@ -296,6 +316,10 @@ def test_another_export_is_never_mixed_with(change, checkpoint, data, monkeypatc
     words = [str(folder), "--overwrite", "--fake_dirname", change]
     if change == "checkpoint":
         path = make_checkpoint(tmp_path / "results" / "run", data, seed=5)
+    if change == "latents":                                     # an older export, whose latents were drawn otherwise
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["latents"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     if change == "beyond":
         (folder / "00025.png").write_bytes((folder / "00000.png").read_bytes())
         words[-1] = "00025.png"
@@ -586,6 +610,35 @@ def test_evaluation_equals_pr_calculate_on_the_exports(fake_hub, checkpoint, dat
     assert written["metrics"]["fid_prior_gap"] == pytest.approx(written["metrics"]["fid"] -
                                                                 written["metrics"]["fid_reconstructed"])
     assert written["protocol"]["weights"] == "ema" and written["protocol"]["features"]["dims"] == 64
+
+
+class Recorder:
+    """A small network that keeps what it is shown."""
+    dims, name, sha256 = 2, "recorder", "0" * 64
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, images):
+        self.shown.append(images)
+        return torch.stack([images[:, :, i::2].float().mean((1, 2, 3)) for i in (0, 1)], 1)
+
+
+def test_evaluation_is_of_the_first_exported_images(checkpoint, data, monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_real", "False", "--num_samples", 45, "--gen_batch_size", 10)
+    exported, _ = read(data / "fake_cifar")
+    model, _ = load_model(checkpoint, "cpu")
+    for n in (16, 45, 50):
+        args = script.build_parser().parse_args(["--resume", "x", "--num_samples", "45", "--eval_images", str(n),
+                                                 "--gen_batch_size", "10", "--pca_dim", "0"])
+        network = Recorder()
+        metrics, protocol = script.evaluate(args, model, data_set(data)[0], network)
+        real, fake = torch.cat(network.shown)[:n], torch.cat(network.shown)[n:2 * n]
+        assert torch.equal(real, data_set(data)[0].images[script.spread(n, 60)])
+        assert torch.equal(fake[:45], exported[:n]) and len(fake) == n
+        assert protocol["fake"]["images"] == n and f"the first {n} samples" in protocol["fake"]["choice"]
+        statistics = [mean_and_covariance(network(x).numpy()) for x in (real, fake)]
+        assert metrics["fid"] == pytest.approx(frechet_distance(*statistics[0], *statistics[1]))
 
 
 def test_equal_images_have_equal_features():
