@@ -18,7 +18,8 @@ and to save_dir/<exp_name of the checkpoint>/test
                                          of the export; a copy goes to save_dir/single_image_quality for comparison.py
 
 The model and the data set come from the checkpoint alone. An export that was cut short goes on where it stopped, a
-complete one is used again, and one that does not match is never mixed with.
+complete one is used again, and one that does not match is never mixed with. A folder that another process is writing to
+is refused.
 
 Papers: importance-weighted bound, Burda et al. 2016 (arXiv 1509.00519); mutual information under the aggregate
 posterior, Hoffman & Johnson 2016 (NIPS workshop, "ELBO surgery"); t-SNE, van der Maaten & Hinton 2008.
@@ -60,7 +61,9 @@ from PR_Calculate import (
 )
 from utils import (
     LATENT_BLOCK,
+    LOCK,
     MANIFEST,
+    TEMPORARY,
     InceptionFeatures,
     LatentHealth,
     UserError,
@@ -72,6 +75,7 @@ from utils import (
     image_grid,
     load_data,
     load_model,
+    lock_folder,
     mean_and_covariance,
     pick_device,
     read_json,
@@ -90,7 +94,6 @@ FORMAT = 1                   # of the manifest
 RECORD_S = 2.0               # the manifest is brought up to date this often; at most so much is written twice
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 EXPORTED = re.compile(r"\d{5,}\.png")
-LEFTOVER = re.compile(rf"\.{re.escape(MANIFEST)}\..*\.tmp")      # of a manifest whose writing was killed
 DATA_FLAGS = ("dataset", "data_dir", "img_size", "in_channels", "split_seed", "cache_gb", "num_workers")
 QUALITY_DIR = "single_image_quality"                            # below save_dir, where comparison.py looks
 
@@ -271,7 +274,7 @@ def plan_export(export, overwrite):
         return 0
     if not folder.is_dir():
         raise UserError(f"{flag}: {folder} is a file; choose another name")
-    names = [n for n in os.listdir(folder) if not LEFTOVER.fullmatch(n)]
+    names = [n for n in os.listdir(folder) if n != LOCK and not TEMPORARY.fullmatch(n)]
     images = {n for n in names if EXPORTED.fullmatch(n)}
     foreign = sorted(set(names) - images - {MANIFEST}) or (sorted(images) if MANIFEST not in names else [])
     if foreign:
@@ -308,8 +311,7 @@ def brief(value):
 
 def delete_export(folder):
     """Remove the images and then the manifest: as long as one image is left, the folder says that it is an export."""
-    names = os.listdir(folder)
-    for name in [n for n in names if EXPORTED.fullmatch(n) or LEFTOVER.fullmatch(n)] + [MANIFEST]:
+    for name in [n for n in os.listdir(folder) if EXPORTED.fullmatch(n)] + [MANIFEST]:
         os.unlink(folder / name)
 
 
@@ -1020,9 +1022,15 @@ def open_data(args, checkpoint, model, device):
 
 
 def main():
-    # -- everything that could be missing later, before anything is written ---------------------------------------
     args = build_parser().parse_args()
     check_flags(args)
+    with contextlib.ExitStack() as locks:
+        export_and_measure(args, locks)
+
+
+def export_and_measure(args, locks):
+    """locks: an ExitStack that keeps the folders which are written to locked until the end."""
+    # -- everything that could be missing later, before anything is written ---------------------------------------
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False                     # a GPU's pixels within one grey level of a CPU's
     model, checkpoint = load_model(args.resume, device, args.weights)
@@ -1056,6 +1064,13 @@ def main():
         eval_out = Path(args.eval_out or folder / f"evaluation_{tag}.json")
         writable_folder(eval_out.parent, "--eval_out")
         quality = writable_folder(Path(args.save_dir, QUALITY_DIR), "--save_dir")
+
+    if measured:                                                # else only lines are added to the log
+        locks.enter_context(lock_folder(folder, "--save_dir"))
+    for i, export in enumerate(exports):
+        if starts[i] != export.count:
+            locks.enter_context(lock_folder(export.folder, export.flag))
+            starts[i] = plan_export(export, args.overwrite)     # again: another process may have written until now
 
     log = open(folder / "test_log.txt", "a", encoding="utf-8")
 

@@ -7,8 +7,11 @@ import json
 import math
 import os
 import pickle
+import re
+import socket
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +26,16 @@ from tqdm import tqdm
 
 from models.vamp_flow import CrossFlowVampVAE, component_log_probs
 
+try:
+    import fcntl
+except ImportError:                                       # Windows
+    fcntl = None
+
 __all__ = [
     "UserError", "run", "true_false", "add_data_flags", "add_device_flag",
     "pick_device", "seeded", "cpu_count",
     "atomic_write", "atomic_write_all", "write_json", "read_json", "sha256_file", "writable_folder",
+    "LOCK", "TEMPORARY", "lock_folder",
     "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images",
     "save_png", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
@@ -139,6 +148,10 @@ def cpu_count():
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
+LOCK = ".lock"                      # in a folder that a process is writing to
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")               # what a killed atomic_write leaves
+
+
 @contextlib.contextmanager
 def _temporary_file(path):
     """A new file beside `path`, to be filled and renamed to it: its name. Removed on any error, which then names `path`."""
@@ -232,6 +245,71 @@ def writable_folder(path, flag):
         reason = ERRNO_HINTS.get(e.errno, e.strerror)
         raise UserError(f"{flag} {path}: cannot write there: {reason}") from None
     return path
+
+
+_locked = set()                     # (device, inode) of the folders that this process holds
+
+
+@contextlib.contextmanager
+def lock_folder(folder, flag):
+    """Be the only process that writes to a folder: made if need be, and gone again if nothing came into it.
+
+    Raises UserError, naming the flag and the owner, if another process holds it. The lock is the kernel's, on
+    folder/.lock: it ends with the process however that ends, and forked workers do not inherit it. Without such locks
+    (Windows, some network file systems) the file only says who is writing. What an earlier owner that was killed left
+    half-written, temporary files of atomic_write, is removed.
+    """
+    folder = Path(folder)
+    path, made = folder / LOCK, not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    stat = folder.stat()
+    key = stat.st_dev, stat.st_ino
+    if key in _locked:                                    # the kernel would grant it again, and the first to end would end both
+        raise UserError(f"{flag}: {folder} is being written by this process already")
+    fd = _open_locked(path, flag)
+    _locked.add(key)
+    try:
+        for name in os.listdir(folder):
+            if TEMPORARY.fullmatch(name):
+                os.unlink(folder / name)
+        with contextlib.suppress(OSError):                # a courtesy: the lock holds without it, on a full disk too
+            os.ftruncate(fd, 0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.write(fd, f"process {os.getpid()} on {socket.gethostname()} (since {now})\n".encode())
+        yield
+    finally:
+        if fcntl is None:                                 # Windows does not remove an open file
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        if fcntl is not None:                             # not before: the name could be another process's lock by then
+            os.close(fd)
+        _locked.remove(key)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _open_locked(path, flag):
+    """A descriptor of the lock file at `path`, locked. The lock ends as soon as this process closes any descriptor of
+    that file, so nothing else here may open it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:                         # its owner ended, and removed it, in between
+            pass
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                return fd                                 # this file system has no locks
+            owner = os.read(fd, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(fd)
+            raise UserError(f"{flag}: {path.parent} is being written by {owner}; wait until it ends, or choose another "
+                            f"{flag}") from None
+        os.close(fd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ from scipy.stats import laplace
 import comparison
 import PR_Calculate
 import train
+import utils
 from models.vamp_flow import CrossFlowVampVAE, log_normal, perturb_
 from utils import (
+    LOCK,
     InceptionFeatures,
     MemoryImages,
     UserError,
@@ -244,7 +246,8 @@ def cut_short(folder, done):
     """Make an export what a kill leaves: a manifest that counts `done`, then one whole and one half-written image."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"done": done}))
-    (folder / ".manifest.json.abc.tmp").write_text("{")
+    (folder / ".manifest.json.abc_1234.tmp").write_text("{")
+    (folder / LOCK).write_text("process 1 on nowhere")
     half = folder / f"{done + 1:05d}.png"
     half.write_bytes(half.read_bytes()[:40])
     for i in range(done + 2, manifest["count"]):
@@ -267,6 +270,7 @@ def test_only_the_missing_images_are_made_again(checkpoint, data, monkeypatch, t
     assert (images.int() - whole[0].int()).abs().max() <= 1 and manifest == whole[1]
     changed = {p.name for p in folder.glob("*.png") if p.stat().st_mtime_ns != before.get(p.name)}
     assert changed == {f"{i:05d}.png" for i in range(10, 25)}
+    assert {p.name for p in folder.iterdir()} == {*(f"{i:05d}.png" for i in range(25)), "manifest.json"}
     # A complete one is used as it is, one with a damaged file from there on.
     before = state(folder)
     export(monkeypatch, tmp_path, checkpoint)
@@ -340,6 +344,42 @@ def test_another_export_is_never_mixed_with(change, checkpoint, data, monkeypatc
     model, _ = load_model(path, "cpu", "raw" if change == "weights" else "ema")
     wanted = next(generate_images(model, len(fake), 25, int(change == "seed"), 0.9 if change == "temperature" else 1.0))
     assert torch.equal(fake, wanted)
+
+
+HOLD = "import sys; from utils import lock_folder\nwith lock_folder(sys.argv[1], ''): print(flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize("what", ["samples", "pictures"])
+def test_two_processes_never_write_to_one_folder(what, checkpoint, data, monkeypatch, tmp_path):
+    folder = data / "fake_cifar" if what == "samples" else tmp_path / "results" / "run" / "test"
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    owner.stdout.readline()
+    flags = ["--device", "cpu", "--num_samples", 5, "--do_pictures", what == "pictures"]
+    with pytest.raises(UserError) as error:                     # at once, not when its turn comes
+        main(monkeypatch, tmp_path, checkpoint, *flags)
+    flag = "--fake_dirname" if what == "samples" else "--save_dir"
+    assert all(word in str(error.value) for word in (f"{flag}: {folder} is being written by process {owner.pid} on", flag))
+    assert not (data / "real_cifar").exists() and os.listdir(folder) == [LOCK]
+    if what == "pictures":                                      # exports alone of one checkpoint may go side by side
+        main(monkeypatch, tmp_path, checkpoint, *QUIET, "--num_samples", 5)
+    owner.communicate()
+    main(monkeypatch, tmp_path, checkpoint, *flags)
+    assert len(read(data / "fake_cifar")[0]) == 5 and not list(tmp_path.rglob(LOCK))
+
+
+def test_export_that_another_process_just_finished_is_used(checkpoint, data, monkeypatch, tmp_path, capsys):
+    def lock(folder, flag):
+        """As if the other process had held the folder until now."""
+        monkeypatch.undo()
+        export(monkeypatch, tmp_path, checkpoint)
+        capsys.readouterr()
+        before.update(state(data))
+        return utils.lock_folder(folder, flag)
+
+    before = {}
+    monkeypatch.setattr(script, "lock_folder", lock)
+    export(monkeypatch, tmp_path, checkpoint)
+    assert "complete and as asked for" in capsys.readouterr().out and before and state(data) == before
 
 
 @pytest.mark.parametrize("kind", ["own pictures", "no manifest", "file"])
