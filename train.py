@@ -4,14 +4,16 @@
     python train.py --exp_name my_run                           CIFAR-10 with the published recipe
     python train.py --dataset folder --data_dir path/to/images  any images
     python train.py --exp_name my_run --resume auto             go on where it stopped (or start, if it never ran)
+    torchrun --nproc_per_node=4 train.py --exp_name my_run      the same run on four GPUs, batch_size being their sum
 """
 import argparse
 import contextlib
 import copy
+import functools
 import math
+import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -30,16 +32,23 @@ from utils import (
     UserError,
     add_data_flags,
     add_device_flag,
+    all_mean,
     atomic_write,
     cached_statistics,
     extract_features,
     frechet_distance,
+    gather,
     generate_images,
     image_grid,
+    is_main,
+    join_processes,
     load_data,
     load_hub_weights,
+    lock_folder,
     mean_and_covariance,
-    pick_device,
+    my_share,
+    name_again,
+    process_count,
     read_checkpoint,
     run,
     save_checkpoint,
@@ -62,15 +71,16 @@ DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[24, 48,
 
 # Flags that may differ when a run is resumed; the rest define the result, and a different value is refused by name.
 MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite", "stop_epoch", "demo", "threads", "amp",
-              "num_workers", "tensorboard", "sample_every", "grid_images", "fid_every", "eval_batch_size",
-              "save_every", "save_every_s", "check_every"}
+              "compile", "channels_last", "deterministic", "num_workers", "tensorboard", "sample_every", "grid_images",
+              "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep", "check_every"}
 # Of these, what a resumed run does not take over from the checkpoint.
 NOT_INHERITED = {"exp_name", "save_dir", "device", "resume", "overwrite", "stop_epoch", "demo"}
 
-TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "under_floor", "grad_norm")
+TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "under_floor", "grad_norm",
+         "skipped")
 COLUMNS = ("epoch", "beta", "lr", "train_loss", "val_loss", "recon", "lpips", "kl_raw", "kl_optim", "log_q0", "log_det",
-           "log_p", "floor_share", "grad_norm", "val_recon", "val_lpips", "val_kl_raw", "val_log_q0", "val_log_det",
-           "val_log_p", "active_units", "effective_components", "dead_components", "fid", "img_per_s")
+           "log_p", "floor_share", "grad_norm", "skipped_steps", "val_recon", "val_lpips", "val_kl_raw", "val_log_q0",
+           "val_log_det", "val_log_p", "active_units", "effective_components", "dead_components", "fid", "img_per_s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +103,12 @@ def build_parser():
                        help="CPU threads, 0 = PyTorch's choice (1 is fastest for very small models)")
     group.add_argument("--amp", choices=("auto", "bf16", "none"), default="auto",
                        help="autocast; auto: bf16 on a CUDA GPU that has it, else none")
+    group.add_argument("--compile", action=switch, default=None,
+                       help="torch.compile, with CUDA graphs on a GPU (default: on CUDA only)")
+    group.add_argument("--channels_last", action=switch, default=None,
+                       help="memory layout of the convolutions (default: on CUDA only)")
+    group.add_argument("--deterministic", action="store_true",
+                       help="the same bits every time on the same device and versions; slower on a GPU")
     group.add_argument("--tensorboard", action=switch, default=True, help="write TensorBoard events, if it is installed")
 
     group = add_data_flags(parser)
@@ -130,13 +146,15 @@ def build_parser():
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=1000)
-    group.add_argument("--batch_size", type=int, default=128, help="images a step")
+    group.add_argument("--batch_size", type=int, default=128, help="images a step, of all processes together")
     group.add_argument("--lr", type=float, default=1e-4, help="learning rate at the start of the cosine")
     group.add_argument("--lr_min", type=float, default=0.0, help="learning rate at its end")
     group.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's, on weight matrices only")
     group.add_argument("--adam_betas", type=float, nargs=2, default=[0.9, 0.999])
     group.add_argument("--grad_clip", type=float, default=5000.0,
                        help="largest gradient norm, 0 = off (the loss sums over pixels: norms near 1000 are normal)")
+    group.add_argument("--skip_grad_norm", type=float, default=0.0,
+                       help="steps with a larger gradient norm are left out and counted, 0 = off")
     group.add_argument("--ema_decay", type=float, default=0.999, help="of the weights used for samples and FID, 0 = off")
 
     group = parser.add_argument_group("evaluation and saving")
@@ -149,6 +167,8 @@ def build_parser():
                        help="images at a time outside training, 0 = 500 of 32x32, fewer of larger ones")
     group.add_argument("--save_every", type=int, default=1, help="last.pth every N epochs (always at the end)")
     group.add_argument("--save_every_s", type=float, default=30.0, help="but not more often than this many seconds")
+    group.add_argument("--keep", type=int, default=2,
+                       help="checkpoints kept: last.pth and, as step_<N>.pth, those before it")
     group.add_argument("--check_every", type=int, default=50, help="flow self-check every N epochs, 0 = only at the start")
     return parser
 
@@ -170,9 +190,9 @@ def check_flags(args, given):
     """Raise UserError on values out of range and on pairs that make no sense, naming the flags."""
     at_least = dict(latent_dim=1, blocks_per_stage=0, num_components=1, flow_length=0, flow_seq_len=1, flow_embed_dim=1,
                     flow_heads=1, flow_layers=1, flow_mlp_ratio=1, epochs=1, batch_size=1, sample_every=0, grid_images=1,
-                    fid_every=0, fid_samples=2, eval_batch_size=0, save_every=1, save_every_s=0, check_every=0,
-                    val_images=0, stop_epoch=0, threads=0, weight_decay=0, lr_min=0, grad_clip=0, beta_max=0, warmup_epochs=0,
-                    free_bits=0, lpips_weight=0, pseudo_noise=0, seed=0)
+                    fid_every=0, fid_samples=2, eval_batch_size=0, save_every=1, save_every_s=0, check_every=0, keep=1,
+                    val_images=0, stop_epoch=0, threads=0, weight_decay=0, lr_min=0, grad_clip=0, skip_grad_norm=0,
+                    beta_max=0, warmup_epochs=0, free_bits=0, lpips_weight=0, pseudo_noise=0, seed=0)
     for name, low in at_least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be {low} or more")
@@ -225,7 +245,7 @@ def resolve_resume(args, given):
         require_empty(own, "it has no last.pth to go on from; --overwrite starts again, ")
         print(f"--resume auto: no {path} yet, starting from the beginning")
         return None, None
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, resumable=True)
     if checkpoint.get("optimizer") is None:
         raise UserError(f"{path}: holds no optimiser state (best_fid.pth never does); resume from last.pth")
     saved = checkpoint["args"]
@@ -275,22 +295,28 @@ def build_lpips(net, linear, device, shape):
     return loss
 
 
-def loss_terms(args, model, lpips, x, out, beta):
-    """All terms of the objective for one batch, each a scalar tensor, by the names of TERMS.
-
-    loss = recon (sum over pixels, mean over images) + w LPIPS + beta max(KL - free_bits D, 0), the floor acting on the
-    mean KL of the batch (free bits: Kingma et al. 2016, arXiv 1606.04934).
-    """
+def loss_parts(args, model, lpips, x, out):
+    """What the objective is made of, each the mean over the batch: pixel (sum over the pixels of an image), LPIPS, and
+    the one-sample KL with its parts, in nats."""
     recon = out.recon.float()
     difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
     pixel = difference.sum((1, 2, 3)).mean()
     perceptual = lpips(recon, x).mean() if lpips else pixel.new_zeros(())
     kl, log_q0, log_det, log_p = (part.mean() for part in model.kl_terms(out))
-    floor = args.free_bits * args.latent_dim
-    kl_optim = (kl - floor).clamp_min(0)
-    loss = pixel + args.lpips_weight * perceptual + beta * kl_optim
-    return {"loss": loss, "pixel": pixel, "LPIPS": perceptual, "KL_Raw": kl, "KL_optim": kl_optim, "log_q0": log_q0,
-            "log_det": log_det, "log_p": log_p, "under_floor": (kl < floor).float()}
+    return {"pixel": pixel, "LPIPS": perceptual, "KL_Raw": kl, "log_q0": log_q0, "log_det": log_det, "log_p": log_p}
+
+
+def objective(args, parts, beta):
+    """loss = recon + w LPIPS + beta max(KL - free_bits D, 0), and what else TERMS names, from the loss_parts.
+
+    The floor acts on the mean KL of the global batch (free bits: Kingma et al. 2016, arXiv 1606.04934). Each process
+    has the mean of its own share, so the comparison alone needs the others: the mean of what they return is the loss.
+    """
+    kl, floor = parts["KL_Raw"], args.free_bits * args.latent_dim
+    under_floor = (all_mean(kl.detach()) < floor).float()
+    kl_optim = (kl - floor) * (1 - under_floor)
+    loss = parts["pixel"] + args.lpips_weight * parts["LPIPS"] + beta * kl_optim
+    return {"loss": loss, **parts, "KL_optim": kl_optim, "under_floor": under_floor}
 
 
 def weight_groups(model, weight_decay):
@@ -317,20 +343,29 @@ def start_prior(args, model, data):
 # Everything that a checkpoint holds, and where it goes
 
 class Trainer:
-    """Weights, optimiser, schedule, history and position of one training run."""
+    """Weights, optimiser, schedule, history and position of one training run.
 
-    def __init__(self, args, model, steps_per_epoch, folder, data_id):
+    network and criterion are what a training step calls: the model and its loss, compiled and distributed where asked.
+    """
+
+    def __init__(self, args, model, lpips, steps_per_epoch, batch_size, folder, data_id):
         self.args, self.model, self.folder, self.data_id = args, model, folder, data_id
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.device = next(model.parameters()).device
+        self.network, self.criterion = model, functools.partial(loss_parts, args, model, lpips)
         self.epoch, self.step, self.best_fid, self.history = 0, 0, math.inf, []
         self.ema = copy.deepcopy(model).eval().requires_grad_(False) if args.ema_decay else None
+        self.fused = self.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(weight_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.adam_betas),
-                                           fused=self.device.type in ("cuda", "cpu"))
+                                           fused=self.fused)
         total, low = args.epochs * steps_per_epoch, args.lr_min / args.lr
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
-        self.sums = torch.zeros(len(TERMS), device=self.device)         # of this epoch's steps so far
+        # Walking through the modules at every step would cost a GPU more than the update itself.
+        self.parameters = list(model.parameters())
+        self.averages = list(self.ema.parameters()) if self.ema else []
+        self.sums = torch.zeros(len(TERMS), device=self.device)         # of this epoch's steps so far, all processes
+        self.unread = torch.zeros(len(TERMS), device=self.device)       # of this process's steps since the last read()
         self.first_bad = torch.zeros(len(TERMS), device=self.device)    # step (from 1) at which a term was not finite
         self.last_saved = time.monotonic()
 
@@ -344,16 +379,43 @@ class Trainer:
         return self.args.beta_max * min(progress, 1.0)
 
     @torch.no_grad()
-    def update_ema(self):
+    def update_weights(self, norm):
+        """Optimiser, schedule, projection and EMA; True (on the device) where --skip_grad_norm leaves the step out."""
+        skipped = ~(norm <= (self.args.skip_grad_norm or math.inf))
+        if self.args.skip_grad_norm:
+            if self.fused:                                # the kernels look at the flag: nothing waits for the device
+                self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+                self.optimizer.step()
+            elif not skipped:
+                self.optimizer.step()
+        else:
+            self.optimizer.step()
+        self.scheduler.step()
+        self.model.project_()
+        self.step += 1
         if self.ema is not None:
             decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        return skipped
 
-    def require_finite(self):
-        """Raise UserError if any term of any step so far was NaN or infinite; called before anything is saved."""
+    @torch.no_grad()
+    def count(self, terms):
+        """Add a step's terms to the sums, on the device."""
+        values = torch.stack([terms[name].detach().float() for name in TERMS])
+        self.unread += values
+        self.first_bad = torch.where((self.first_bad == 0) & ~values.isfinite(), self.step, self.first_bad)
+
+    def read(self):
+        """Bring the sums up to date over all processes, which waits for the device.
+
+        Raises UserError if any term of any step so far was NaN or infinite: called before anything is saved.
+        """
+        self.sums += all_mean(self.unread)
+        self.unread.zero_()
         # The causes before what is computed from them.
         order = ("pixel", "log_q0", "log_det", "log_p", "LPIPS", "KL_Raw", "KL_optim", "grad_norm")
-        first_bad = dict(zip(TERMS, self.first_bad.tolist()))
+        first_bad = {name: min((b for b in steps if b), default=0)
+                     for name, *steps in zip(TERMS, *gather(self.first_bad.tolist()))}
         bad = [(int(first_bad[name]), i, name) for i, name in enumerate(order) if first_bad[name]]
         if bad:
             step, _, name = min(bad)
@@ -361,6 +423,7 @@ class Trainer:
             raise UserError(f"{name} became NaN or infinite at epoch {(step - 1) // self.steps_per_epoch + 1}, step {step}; "
                             + (f"last good checkpoint: {good}" if good.exists() else "no checkpoint was written yet")
                             + "; a lower --lr or --grad_clip may help")
+        return dict(zip(TERMS, self.sums.tolist()))
 
     def state(self, optimizer=True):
         """The checkpoint: plain values and tensors only."""
@@ -373,11 +436,26 @@ class Trainer:
             "data_id": self.data_id, "epoch_sums": self.sums.cpu(),
         }
 
-    def save(self, name="last.pth", optimizer=True):
-        self.require_finite()
-        save_checkpoint(self.folder / name, self.state(optimizer))
-        if name == "last.pth":
-            self.last_saved = time.monotonic()
+    def save(self):
+        """last.pth, and the --keep newest of its kind under names of their own."""
+        self.read()
+        if is_main():
+            path = self.folder / "last.pth"
+            save_checkpoint(path, self.state())
+            if self.args.keep > 1:
+                name_again(path, self.folder / f"step_{self.step:09d}.pth")
+            kept = {int(p.stem[5:]): p for p in self.folder.glob("step_*.pth") if p.stem[5:].isdigit()}
+            current = sorted(step for step in kept if step <= self.step)
+            # A later step was left by a damaged or abandoned continuation of this very run.
+            for step in kept.keys() - set(current[-self.args.keep:] if self.args.keep > 1 else ()):
+                kept[step].unlink()
+        self.last_saved = time.monotonic()
+
+    def save_best(self):
+        """best_fid.pth, which cannot be resumed from and is a third of the size."""
+        self.read()
+        if is_main():
+            save_checkpoint(self.folder / "best_fid.pth", self.state(optimizer=False))
 
     def restore(self, checkpoint, path):
         if checkpoint.get("data_id") != self.data_id:
@@ -395,47 +473,72 @@ class Trainer:
         self.best_fid, self.history = checkpoint["best_fid"], checkpoint["history"]
         best, source = self.folder / "best_fid.pth", path.parent / "best_fid.pth"
         if not best.exists():
-            if source.exists():                           # resumed into another folder: the best goes along
-                shutil.copyfile(source, best)
-            else:
+            if not source.exists():
                 self.best_fid = math.inf
+            elif is_main():                               # resumed into another folder: the best goes along
+                name_again(source, best)
 
 
-def train_step(trainer, lpips, batch, amp):
-    """One optimiser step on a uint8 batch (B, C, H, W). Nothing here waits for the device.
+def compile_step(trainer, shape, amp):
+    """torch.compile for network and criterion, tried on blank images of a batch's shape; eager if that fails.
 
-    Flips and noise depend on (seed, step, position in the batch) alone, so that a resumed run repeats them.
+    The weights stay as they are. On a GPU the kernels are replayed as CUDA graphs, so that Python no longer sets the pace.
     """
-    args, model = trainer.args, trainer.model
-    generator = seeded(trainer.device, args.seed, "step", trainer.step)
-    x = to_float(batch)
-    if args.flip:
-        flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=trainer.device) < 0.5
-        x = torch.where(flipped, x.flip(3), x)
-    eps = torch.randn(len(x), args.latent_dim, generator=generator, device=trainer.device)
+    print("compiling   (up to a minute or two; --no-compile starts at once)", flush=True)
+    start, eager = time.monotonic(), (trainer.network, trainer.criterion)
+    mode = "reduce-overhead" if trainer.device.type == "cuda" else "default"
+    try:
+        trainer.network, trainer.criterion = (torch.compile(f, mode=mode, dynamic=False) for f in eager)
+        for _ in range(3):                                # the graphs are recorded at the second or third call
+            backward(trainer, torch.zeros(shape, device=trainer.device),
+                     torch.zeros(shape[0], trainer.args.latent_dim, device=trainer.device), amp)
+        print(f"compiled    in {time.monotonic() - start:.0f} s")
+    except Exception as e:                                # a compiler can fail in any way; training need not
+        trainer.network, trainer.criterion = eager
+        print(f"note: torch.compile fails here ({type(e).__name__}: {' '.join(str(e).split())[:150]}); going on without it")
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def backward(trainer, x, eps, amp):
+    """The gradients of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D) -> the TERMS it knows."""
+    if trainer.network is not trainer.model and trainer.device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(trainer.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
-        out = model(x, eps)
-        terms = loss_terms(args, model, lpips, x, out, trainer.beta())
+        parts = trainer.criterion(x, trainer.network(x, eps))
+    terms = objective(trainer.args, parts, trainer.beta())
     trainer.optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
-    terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-    trainer.optimizer.step()
-    trainer.scheduler.step()
-    model.project_()
-    trainer.step += 1
-    trainer.update_ema()
-    values = torch.stack([terms[name].detach().float() for name in TERMS])
-    trainer.sums += values
-    trainer.first_bad = torch.where((trainer.first_bad == 0) & ~values.isfinite(), trainer.step, trainer.first_bad)
+    return terms
 
 
-def train_epoch(trainer, lpips, data, amp, stop):
+def train_step(trainer, batch, amp):
+    """One optimiser step on this process's share of a batch, uint8 (B, C, H, W). Nothing here waits for the device.
+
+    Flips and noise depend on (seed, step, position in the global batch) alone, so that a resumed run repeats them,
+    whatever the number of processes.
+    """
+    args, device = trainer.args, trainer.device
+    generator = seeded(device, args.seed, "step", trainer.step)
+    n, mine = trainer.batch_size, my_share(trainer.batch_size)
+    x = to_float(batch)
+    if args.flip:
+        flipped = torch.rand(n, 1, 1, 1, generator=generator, device=device)[mine] < 0.5
+        x = torch.where(flipped, x.flip(3), x)
+    eps = torch.randn(n, args.latent_dim, generator=generator, device=device)[mine]
+    terms = backward(trainer, x, eps, amp)
+    norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, args.grad_clip or math.inf)
+    skipped = trainer.update_weights(norm)
+    if args.skip_grad_norm:                               # counted, instead of spoiling the mean
+        norm = torch.where(skipped, 0.0, norm)
+    trainer.count(terms | {"grad_norm": norm, "skipped": skipped})
+
+
+def train_epoch(trainer, data, amp, stop):
     """The rest of the current epoch. Returns (means of TERMS, images a second), or None if a signal asked to stop."""
-    args, first = trainer.args, trainer.step - trainer.epoch * trainer.steps_per_epoch
-    size = min(args.batch_size, len(data))
+    args, first, size = trainer.args, trainer.step - trainer.epoch * trainer.steps_per_epoch, trainer.batch_size
     order = torch.randperm(len(data), generator=seeded("cpu", args.seed, "order", trainer.epoch))
-    rest = order[first * size:trainer.steps_per_epoch * size]       # empty if only the evaluation was interrupted
-    batches = data.batches(rest.split(size) if len(rest) else (), trainer.device)
+    order = order[:trainer.steps_per_epoch * size].view(-1, size)   # (steps, images of a global batch)
+    batches = data.batches(order[first:, my_share(size)], trainer.device)
     # Reading the losses waits for the device: often enough to see, seldom enough to cost nothing.
     read_every = 1 if trainer.device.type == "cpu" else 50
     if first == 0:
@@ -443,20 +546,21 @@ def train_epoch(trainer, lpips, data, amp, stop):
     trainer.model.train()
     start, done, tty = time.monotonic(), 0, sys.stderr.isatty()
     with tqdm(total=trainer.steps_per_epoch, initial=first, desc=f"epoch {trainer.epoch + 1}/{args.epochs}", unit="step",
-              mininterval=0.5 if tty else 30, delay=0 if tty else 30, leave=False) as bar:
+              mininterval=0.5 if tty else 30, delay=0 if tty else 30, leave=False, disable=not is_main()) as bar:
         for batch in batches:
-            train_step(trainer, lpips, batch, amp)
+            train_step(trainer, batch, amp)
             done += 1
-            if done % read_every == 0 or stop.signum:
-                trainer.require_finite()
-                mean = dict(zip(TERMS, (trainer.sums / (first + done)).tolist()))
-                bar.set_postfix({k: f"{mean[k]:.4g}" for k in ("loss", "pixel", "LPIPS", "KL_Raw")}, refresh=False)
+            if (first + done) % read_every == 0 or (stop.signum and process_count() == 1):
+                sums = trainer.read()
+                bar.set_postfix({k: f"{sums[k] / (first + done):.4g}" for k in ("loss", "pixel", "LPIPS", "KL_Raw")},
+                                refresh=False)
+                if stop.asked() and first + done < trainer.steps_per_epoch:
+                    return None
             bar.update()
-            if stop.signum and first + done < trainer.steps_per_epoch:
-                return None
-    trainer.require_finite()
-    means = dict(zip(TERMS, (trainer.sums / trainer.steps_per_epoch).tolist()))
-    return means, done * size / (time.monotonic() - start)
+    sums = trainer.read()
+    taken = max(1.0, trainer.steps_per_epoch - sums["skipped"])
+    means = {name: value / (taken if name == "grad_norm" else trainer.steps_per_epoch) for name, value in sums.items()}
+    return means | {"skipped": round(sums["skipped"])}, done * size / (time.monotonic() - start)
 
 
 class Stopped(Exception):
@@ -465,7 +569,7 @@ class Stopped(Exception):
 
 def until_stopped(batches, stop):
     for batch in batches:
-        if stop.signum:
+        if stop.signum and process_count() == 1:       # several finish together: none may leave the others waiting
             raise Stopped
         yield batch
 
@@ -476,18 +580,19 @@ def evaluate(trainer, lpips, data, stop):
     args, model = trainer.args, trainer.best_weights
     n = min(args.val_images or len(data), len(data))
     # The same noise at every epoch and in every run: differences are the model's.
-    eps = torch.randn(n, args.latent_dim, generator=seeded("cpu", "validation")).to(trainer.device)
+    mine = my_share(n)
+    eps = torch.randn(n, args.latent_dim, generator=seeded("cpu", "validation"))[mine].to(trainer.device)
     prior = model.prior_params()
     health, pixel, perceptual, done = LatentHealth(), 0.0, 0.0, 0
-    for batch in until_stopped(data.batches(torch.arange(n).split(args.eval_batch_size), trainer.device), stop):
+    for batch in until_stopped(data.batches(torch.arange(n)[mine].split(args.eval_batch_size), trainer.device), stop):
         x = to_float(batch)
         out = model(x, eps[done:done + len(x)], prior)
-        terms = loss_terms(args, model, lpips, x, out, args.beta_max)
-        pixel, perceptual = pixel + terms["pixel"].item() * len(x), perceptual + terms["LPIPS"].item() * len(x)
+        parts = loss_parts(args, model, lpips, x, out)
+        pixel, perceptual = pixel + parts["pixel"].item() * len(x), perceptual + parts["LPIPS"].item() * len(x)
         health.add(model, out, model.kl_terms(out))
         done += len(x)
-    summary = health.summary()
-    pixel, perceptual = pixel / n, perceptual / n
+    summary = LatentHealth.together(gather(health)).summary()
+    pixel, perceptual = (sum(gather(value)) / n for value in (pixel, perceptual))
     floor = args.free_bits * args.latent_dim
     loss = pixel + args.lpips_weight * perceptual + args.beta_max * max(summary["kl_raw"] - floor, 0.0)
     return {"val_loss": loss, "val_recon": pixel, "val_lpips": perceptual if lpips else None,
@@ -500,13 +605,19 @@ def evaluate_fid(trainer, extractor, data, stop):
     """FID of --fid_samples images of the prior against the whole training set, unflipped."""
     args = trainer.args
 
+    def features(batches, total, desc):                   # of this process's share; all of them, in order
+        return np.concatenate(gather(extract_features(extractor, until_stopped(batches, stop), total, desc,
+                                                      progress=is_main())))
+
     def real():
-        batches = data.batches(torch.arange(len(data)).split(args.eval_batch_size), trainer.device)
-        return extract_features(extractor, until_stopped(batches, stop), len(data), "features of the training set")
+        mine = torch.arange(len(data))[my_share(len(data))]
+        return features(data.batches(mine.split(args.eval_batch_size), trainer.device), len(mine),
+                        "features of the training set")
 
     reference = cached_statistics(Path(args.save_dir, "feature_cache"), f"{data.fingerprint}-{extractor.key}", real)
-    images = generate_images(trainer.best_weights, args.fid_samples, args.eval_batch_size, args.seed)
-    fake = extract_features(extractor, until_stopped(images, stop), args.fid_samples, "features of samples")
+    mine = range(args.fid_samples)[my_share(args.fid_samples)]
+    images = generate_images(trainer.best_weights, mine.stop, args.eval_batch_size, args.seed, start=mine.start)
+    fake = features(images, len(mine), "features of samples")
     return frechet_distance(*reference, *mean_and_covariance(fake))
 
 
@@ -578,13 +689,31 @@ def save_history(history, path):
         pd.DataFrame(history, columns=COLUMNS).to_csv(f, index=False)
 
 
+def record(trainer, row, held_out, log, writer, at_end):
+    """Everything that an epoch leaves behind beside its checkpoint."""
+    args = trainer.args
+    save_history(trainer.history, trainer.folder / "history.csv")
+    line = log_line(args, row)
+    print(line, flush=True)
+    print(line, file=log, flush=True)
+    if writer:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                writer.add_scalar(name, value, trainer.epoch)
+    if args.sample_every and (trainer.epoch % args.sample_every == 0 or at_end):
+        save_images(trainer, held_out, writer)
+        save_curves(trainer.history, trainer.folder / "curves.png")
+
+
 def log_line(args, row):
     """One line of train_log.txt."""
+    skipped = f" | skipped {row['skipped_steps']}" if args.skip_grad_norm else ""
     lpips, fid = ("off" if v is None else f"{v:.4f}" for v in (row["lpips"], row["fid"]))
     return (f"epoch {row['epoch']}/{args.epochs} | beta {row['beta']:.4f} | lr {row['lr']:.3g} | train_loss "
             f"{row['train_loss']:.3f} | val_loss {row['val_loss']:.3f} | pixel {row['recon']:.3f} | LPIPS {lpips} | "
             f"KL_Raw {row['kl_raw']:.3f} | log_det {row['log_det']:.3f} | active {row['active_units']} | components "
-            f"{row['effective_components']:.1f} | FID {fid if row['fid'] is not None else '-'} | {row['img_per_s']:.0f} img/s")
+            f"{row['effective_components']:.1f}{skipped} | FID {fid if row['fid'] is not None else '-'} | "
+            f"{row['img_per_s']:.0f} img/s")
 
 
 def open_tensorboard(args, folder, epoch):
@@ -611,27 +740,41 @@ class StopRequest:
     """SIGINT and SIGTERM ask for a stop after the current step; a second one ends the program at once."""
 
     def __init__(self):
-        self.signum = 0
+        self.signum, self.when = 0, 0.0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.ask)
 
     def ask(self, signum, _frame):
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
-        print(f"\n{signal.Signals(signum).name}: finishing the step and saving", file=sys.stderr)
+        if self.signum:
+            # torchrun passes on the Ctrl-C that the terminal has sent to every process already.
+            if process_count() > 1 and time.monotonic() - self.when < 2:
+                return
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self.signum, self.when = signum, time.monotonic()
+        if is_main():
+            print(f"\n{signal.Signals(signum).name}: finishing the step and saving", file=sys.stderr)
+
+    def asked(self):
+        """The signal, if any of the processes got one; they must all call this at the same point."""
+        self.signum = max(gather(self.signum))
+        return self.signum
 
 
-def print_plan(args, model, data, held_out, device, amp, steps, folder):
+def print_plan(args, trainer, data, held_out, amp):
     """What is about to happen, before it does."""
+    model, device, steps = trainer.model, trainer.device, trainer.steps_per_epoch
     parts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
     parts["prior"] = sum(p.numel() for p in model.parameters()) - sum(parts.values())
-    left_out = len(data) - steps * min(args.batch_size, len(data))
+    left_out = len(data) - steps * trainer.batch_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     kept = data.images.device.type if hasattr(data, "images") else "streamed"
     n_val = min(args.val_images or len(held_out), len(held_out))
     fid = f"every {args.fid_every} epochs, {args.fid_samples:,} samples" if args.fid_every else "off"
+    options = [f"{process_count()} processes"] * (process_count() > 1) + ["bf16 autocast" if amp else "float32"]
+    options += [text for text in ("channels_last", "compile", "deterministic") if getattr(args, text)]
     print(f"""\
-run         {folder} (seed {args.seed})
+run         {trainer.folder} (seed {args.seed})
 data        {args.dataset}: {len(data):,} training images, {n_val:,} for validation, {'x'.join(map(str, data.shape))}, \
 kept on {kept}, flips {'on' if args.flip else 'off'}
 model       {sum(parts.values()) / 1e6:.2f} M parameters: {', '.join(f'{k} {v / 1e6:.2f}' for k, v in parts.items() if v)}
@@ -639,13 +782,18 @@ prior       {args.prior}{f', {model.num_components} components' if args.prior !=
 {f'of {args.flow_length} layers, prior {args.flow_prior}, context {args.flow_context}' if args.flow_length else 'off'}
 loss        {args.recon_loss} + {f'{args.lpips_weight:g} LPIPS-{args.lpips_net}' if args.lpips_net != 'none' else 'no LPIPS'} \
 + beta max(KL - {args.free_bits * args.latent_dim:g}, 0), beta to {args.beta_max:g} over {args.warmup_epochs:g} epochs
-training    {args.epochs} epochs of {steps} steps of {min(args.batch_size, len(data))} images\
+training    {args.epochs} epochs of {steps} steps of {trainer.batch_size} images\
 {f' ({left_out} images, others each time, left out of an epoch)' if left_out else ''}
-device      {device} ({name}), {'bf16 autocast' if amp else 'float32'}, torch {torch.__version__}
+device      {device} ({name}), {', '.join(options)}, torch {torch.__version__}
 FID         {fid}""")
 
 
 def main():
+    with contextlib.ExitStack() as stack:                     # lets go of the run's folder, whatever happens
+        train(stack)
+
+
+def train(stack):
     # -- flags, data, everything that could be missing later ------------------------------------------------------
     args, given = parse_args()
     checkpoint, resumed_from = resolve_resume(args, given)
@@ -654,13 +802,19 @@ def main():
     args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
     args.eval_batch_size = args.eval_batch_size or max(1, min(500, 500 * 32 ** 2 // max(args.img_size, 1) ** 2))
     check_flags(args, given)
-    device = pick_device(args.device)
+    device = join_processes(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.amp == "bf16" and device.type == "mps":
         raise UserError("--amp bf16: not supported on MPS")
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
     amp = args.amp == "bf16" or (args.amp == "auto" and native)
+    args.compile, args.channels_last = (device.type == "cuda" if on is None else on
+                                        for on in (args.compile, args.channels_last))
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                            # else cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     torch.manual_seed(args.seed)
     try:
         model = CrossFlowVampVAE(**model_args_of(args))
@@ -674,35 +828,46 @@ def main():
     data, held_out = load_data(args, device)
     if extractor and len(data) < 2:
         raise UserError(f"--data_dir {args.data_dir}: FID needs at least two training images; use --fid_every 0")
-    folder = writable_folder(Path(args.save_dir, args.exp_name), "--save_dir")
+    batch_size = min(args.batch_size, len(data))
+    if batch_size % process_count():
+        raise UserError(f"--batch_size: {batch_size} images a step cannot be shared equally by {process_count()} processes")
+    folder = writable_folder(args.save_dir, "--save_dir") / args.exp_name
+    if is_main():
+        stack.enter_context(lock_folder(folder, "--exp_name"))
 
     # -- model, optimiser, position -------------------------------------------------------------------------------
-    steps = max(1, len(data) // args.batch_size)
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     start_prior(args, model, data)
-    trainer = Trainer(args, model, steps, folder, data.fingerprint)
+    trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint)
     if checkpoint is not None:
         trainer.restore(checkpoint, resumed_from)
-    else:
+    elif is_main():
         remove_old_run(folder)
-    print_plan(args, model, data, held_out, device, amp, steps, folder)
+    print_plan(args, trainer, data, held_out, amp)
     self_check(model)
     if checkpoint is not None:
         print(f"resumed at epoch {trainer.epoch}, step {trainer.step}")
-        if trainer.history:                               # whatever came after the checkpoint's writing may be missing
+        if trainer.history and is_main():                 # whatever came after the checkpoint's writing may be missing
             save_history(trainer.history, folder / "history.csv")
             save_curves(trainer.history, folder / "curves.png")
     stop = StopRequest()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device)})
-    writer = open_tensorboard(args, folder, trainer.epoch)
-    log = open(folder / "train_log.txt", "a" if checkpoint is not None else "w", encoding="utf-8")
+    if args.compile:
+        compile_step(trainer, (batch_size // process_count(), *data.shape), amp)
+    if process_count() > 1:
+        trainer.network = torch.nn.parallel.DistributedDataParallel(
+            trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    if is_main():
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device),
+                                          "processes": process_count()})
+    writer = open_tensorboard(args, folder, trainer.epoch) if is_main() else None
+    log = open(folder / "train_log.txt" if is_main() else os.devnull, "w" if checkpoint is None else "a", encoding="utf-8")
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
 
     # -- the epochs -----------------------------------------------------------------------------------------------
     last_epoch = args.stop_epoch or args.epochs
     while trainer.epoch < last_epoch:
-        trained = train_epoch(trainer, lpips, data, amp, stop)
+        trained = train_epoch(trainer, data, amp, stop)
         if trained is None:
             break
         means, speed = trained
@@ -710,7 +875,7 @@ def main():
         row.update(epoch=trainer.epoch + 1, beta=trainer.beta(), lr=trainer.scheduler.get_last_lr()[0],
                    train_loss=means["loss"], recon=means["pixel"], lpips=means["LPIPS"] if lpips else None,
                    kl_raw=means["KL_Raw"], kl_optim=means["KL_optim"], floor_share=means["under_floor"], img_per_s=speed,
-                   **{k: means[k] for k in ("log_q0", "log_det", "log_p", "grad_norm")})
+                   skipped_steps=means["skipped"], **{k: means[k] for k in ("log_q0", "log_det", "log_p", "grad_norm")})
         at_end = trainer.epoch + 1 == args.epochs
         try:
             row.update(evaluate(trainer, lpips, held_out, stop))
@@ -723,24 +888,16 @@ def main():
         is_best = row["fid"] is not None and row["fid"] < trainer.best_fid
         if is_best:
             trainer.best_fid = row["fid"]
-            trainer.save("best_fid.pth", optimizer=False)
-        due = trainer.epoch % args.save_every == 0 and time.monotonic() - trainer.last_saved >= args.save_every_s
-        if due or is_best or trainer.epoch == last_epoch or stop.signum:
+            trainer.save_best()
+        waited = max(gather(time.monotonic() - trainer.last_saved))
+        due = trainer.epoch % args.save_every == 0 and waited >= args.save_every_s
+        if due or is_best or trainer.epoch == last_epoch or stop.asked():
             trainer.save()
-        save_history(trainer.history, folder / "history.csv")
-        line = log_line(args, row)
-        print(line, flush=True)
-        print(line, file=log, flush=True)
-        if writer:
-            for name, value in row.items():
-                if value is not None and name != "epoch":
-                    writer.add_scalar(name, value, trainer.epoch)
-        if args.sample_every and (trainer.epoch % args.sample_every == 0 or at_end):
-            save_images(trainer, held_out, writer)
-            save_curves(trainer.history, folder / "curves.png")
+        if is_main():
+            record(trainer, row, held_out, log, writer, at_end)
         if args.check_every and trainer.epoch % args.check_every == 0:
             self_check(model)
-        if stop.signum:
+        if stop.asked():
             break
     if writer:
         writer.close()

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -34,7 +36,8 @@ except ImportError:                                       # Windows
 __all__ = [
     "UserError", "run", "true_false", "add_data_flags", "add_device_flag",
     "pick_device", "seeded", "cpu_count",
-    "atomic_write", "atomic_write_all", "write_json", "read_json", "sha256_file", "writable_folder",
+    "join_processes", "process_count", "is_main", "my_share", "gather", "all_mean",
+    "atomic_write", "atomic_write_all", "name_again", "write_json", "read_json", "sha256_file", "writable_folder",
     "LOCK", "TEMPORARY", "lock_folder",
     "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images",
     "save_png", "image_grid", "generate_images",
@@ -73,12 +76,17 @@ def run(main):
         if e.errno not in ERRNO_HINTS:
             raise
         message = f"{e.filename or 'writing'}: {ERRNO_HINTS[e.errno]}"
+    except SystemExit:
+        leave_processes()
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     else:
+        leave_processes()
         return
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    who = "" if is_main() else f"process {dist.get_rank()}: "
+    print("error: " + who + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -146,6 +154,68 @@ def cpu_count():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes, when torchrun starts several; without it there is one, the main one, and all of this does nothing
+
+def join_processes(device_name):
+    """The torch.device for --device; under torchrun, one GPU for each process (NCCL), or the CPU (gloo).
+
+    Only the main process writes to the screen from here on; errors say which process they come from.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return pick_device(device_name)
+    device, local = pick_device(device_name), int(os.environ["LOCAL_RANK"])
+    if device.type == "mps" or device.index is not None:
+        raise UserError(f"--device {device_name}: several processes need cuda (a GPU each) or cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs of this machine")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave_processes():
+    if process_count() > 1:
+        dist.destroy_process_group()
+
+
+def process_count():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main():
+    """Is this the process that writes?"""
+    return process_count() == 1 or dist.get_rank() == 0
+
+
+def my_share(n):
+    """The slice of range(n) that is this process's: contiguous, in order of the processes, equal to within one."""
+    rank = dist.get_rank() if process_count() > 1 else 0
+    return slice(n * rank // process_count(), n * (rank + 1) // process_count())
+
+
+def gather(value):
+    """[value of every process], in their order, on all of them."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_mean(tensor):
+    """The mean of every process's tensor; no gradient passes."""
+    if process_count() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / process_count()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 LOCK = ".lock"                      # in a folder that a process is writing to
@@ -197,6 +267,18 @@ def atomic_write_all(contents):
                 os.fsync(f.fileno())
         for tmp, path in names:
             os.replace(tmp, path)
+
+
+def name_again(path, other):
+    """Give a file a second name (a copy where the file system has no links), atomically. Files that have taken their
+    name are never written to again, so that sharing one is safe."""
+    with _temporary_file(other) as tmp:
+        os.unlink(tmp)
+        try:
+            os.link(path, tmp)
+        except OSError:
+            shutil.copyfile(path, tmp)
+        os.replace(tmp, other)
 
 
 def write_json(path, value):
@@ -482,7 +564,9 @@ class MemoryImages:
         return self.images[torch.as_tensor(indices, device=self.images.device)]
 
     def batches(self, index_batches, device):
-        """uint8 batches on the device, one for each tensor of indices."""
+        """uint8 batches on the device, one for each tensor (or row) of indices."""
+        if isinstance(index_batches, torch.Tensor):       # one copy to the device instead of one a step
+            index_batches = index_batches.to(self.images.device)
         for indices in index_batches:
             yield self.images[indices.to(self.images.device)].to(device)
 
@@ -549,8 +633,11 @@ def _set_channels(images, channels):
 def _load_cifar10(data_dir):
     from torchvision.datasets import CIFAR10
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            sets = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+        for here in range(process_count()):               # one after the other: the first downloads for all
+            if here == (dist.get_rank() if process_count() > 1 else 0):
+                with contextlib.redirect_stdout(sys.stderr):
+                    sets = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+            gather(None)
     except OSError as e:                                  # no network: URLError is an OSError
         if e.errno in ERRNO_HINTS:
             raise
@@ -601,7 +688,7 @@ def load_data(args, device):
             paths, test_paths = [paths[i] for i in keep], [paths[i] for i in held]
         gib = (len(paths) + len(test_paths)) * channels * args.img_size ** 2 / 2 ** 30
         if gib > args.cache_gb:
-            workers = min(cpu_count(), 8) if args.num_workers is None else args.num_workers
+            workers = min(cpu_count() // process_count(), 8) if args.num_workers is None else args.num_workers
             return [StreamedImages(root, p, channels, args.img_size, workers) for p in (paths, test_paths)]
         images = [decode_images(p, channels, args.img_size, f"decoding {name} images")
                   for name, p in (("training", paths), ("held-out", test_paths))]
@@ -628,24 +715,43 @@ def save_checkpoint(path, checkpoint):
         torch.save(checkpoint, f)
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict of a checkpoint file, loaded with weights_only=True. Raises UserError that says what is wrong with it."""
+def read_checkpoint(path, device="cpu", resumable=False):
+    """The dict of a checkpoint file, loaded with weights_only=True.
+
+    Raises UserError that says what is wrong with it and, for a damaged one, which of the files beside it is good: the
+    furthest, with its optimiser state if it is to be resumed from.
+    """
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
         raise UserError(f"{path}: no such checkpoint" + (f"; beside it lies {', '.join(near)}" if near else ""))
     try:
+        return _read_checkpoint(path, device)
+    except UserError as e:
+        good = []
+        for other in path.parent.glob("*.pth"):
+            with contextlib.suppress(UserError, OSError):
+                if not other.samefile(path):
+                    checkpoint = _read_checkpoint(other)
+                    if checkpoint.get("optimizer") or not resumable:
+                        good.append((checkpoint["step"], str(other)))
+        raise UserError(f"{e}; " + (f"the newest good one there is {max(good)[1]}" if good else "no good one lies beside it")
+                        ) from None
+
+
+def _read_checkpoint(path, device="cpu"):
+    try:
         with zipfile.ZipFile(path) as z:
             damaged = z.testzip()                         # torch.load itself does not look at the checksums
         if damaged:
-            raise UserError(f"{path}: damaged (checksum of {damaged}); use an earlier checkpoint")
+            raise UserError(f"{path}: damaged (checksum of {damaged})")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (UserError, OSError):
         raise
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and plain values, refused; not a checkpoint of train.py") from None
     except Exception:                                     # a damaged pickle can raise anything
-        raise UserError(f"{path}: truncated or not a checkpoint; use an earlier one") from None
+        raise UserError(f"{path}: truncated or not a checkpoint") from None
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of train.py (no {', '.join(missing)})")
@@ -688,6 +794,15 @@ class LatentHealth:
         log_r = component_log_probs(model.mixture_latent(out), out.mu_k, out.logvar_k)
         self.responsibility = self.responsibility + torch.softmax(log_r, 1).cpu().double().sum(0)
         self.count += len(out.mu)
+
+    @classmethod
+    def together(cls, shares):
+        """One LatentHealth of what several processes have seen."""
+        whole = cls()
+        for share in shares:
+            for name, value in vars(share).items():
+                setattr(whole, name, getattr(whole, name) + value)
+        return whole
 
     def summary(self):
         """dict: kl_raw, log_q0, log_det, log_p, active_units, signal_share (list of D), effective_components,
@@ -817,15 +932,19 @@ def cached_statistics(folder, key, compute):
     key says everything the numbers depend on (data, weights, preprocessing). A damaged file is computed again, aloud.
     """
     path = Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    found = None
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as f:  # a zip archive: its checksums are verified on reading
                 if str(f["key"]) == key:
-                    return f["mu"], f["sigma"]
+                    found = f["mu"], f["sigma"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             print(f"{path}: damaged, computed again", file=sys.stderr)
+    if all(gather(found is not None)):                    # several processes compute together or not at all
+        return found
     mu, sigma = mean_and_covariance(compute())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as f:
-        np.savez(f, mu=mu, sigma=sigma, key=key)
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as f:
+            np.savez(f, mu=mu, sigma=sigma, key=key)
     return mu, sigma

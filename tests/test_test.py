@@ -31,6 +31,7 @@ from utils import (
     load_data,
     load_model,
     mean_and_covariance,
+    save_checkpoint,
     seeded,
     to_float,
     to_uint8,
@@ -76,11 +77,11 @@ def make_checkpoint(folder, data, *flags, name="last.pth", exp_name="run", seed=
     model = CrossFlowVampVAE(**train.model_args_of(args))
     perturb_(model, 0.3, torch.Generator().manual_seed(seed))
     model.project_()
-    trainer = train.Trainer(args, model, 1, folder, training.fingerprint)
+    trainer = train.Trainer(args, model, None, 1, 8, folder, training.fingerprint)
     perturb_(model, 0.3, torch.Generator().manual_seed(seed + 1))
     model.project_()
     trainer.epoch = 3
-    trainer.save(name)
+    save_checkpoint(folder / name, trainer.state())
     return folder / name
 
 

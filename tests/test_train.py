@@ -388,17 +388,17 @@ def test_free_bits_floor_acts_on_the_mean(data, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("term", ["pixel", "log_det"])
 def test_nan_names_the_term_and_keeps_the_good_checkpoint(term, data, monkeypatch, tmp_path):
-    terms = train.loss_terms
+    parts = train.loss_parts
 
-    def poisoned(args, model, lpips, x, out, beta):
-        result = terms(args, model, lpips, x, out, beta)
+    def poisoned(args, model, lpips, x, out):
+        result = parts(args, model, lpips, x, out)
         if model.training and poisoned.calls == 7:
             result[term] = result[term] * float("nan")
         poisoned.calls += model.training
         return result
 
     poisoned.calls = 0
-    monkeypatch.setattr(train, "loss_terms", poisoned)
+    monkeypatch.setattr(train, "loss_parts", poisoned)
     with pytest.raises(UserError, match=rf"{term} .*epoch 2, step 8; last good checkpoint: .*last.pth"):
         main(monkeypatch, tmp_path, *data, "--epochs", 3, "--sample_every", 0, "--no-tensorboard")
     checkpoint = weights(tmp_path / "results/CrossVampVAE/last.pth")

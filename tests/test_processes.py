@@ -1,0 +1,113 @@
+"""Several processes (torchrun, gloo on the CPU) do what one does: the same losses, the same files, one set of them."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_images
+from test_train import TINY, history, weights
+
+from utils import LatentHealth
+
+
+def torchrun(processes, *flags, cwd, script="train.py", env=None):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                           str(processes), str(ROOT / script), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
+                          timeout=300, env={**(env or os.environ), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def flags(tmp_path):
+    write_images(tmp_path / "data/train", 43, size=8, seed=0)
+    write_images(tmp_path / "data/test", 9, size=8, seed=1)
+    return ["--dataset", "folder", "--data_dir", tmp_path / "data", "--img_size", 8, *TINY, "--epochs", 2, "--warmup_epochs", 1,
+            "--no-tensorboard", "--lr", 1e-3, "--free_bits", 0.05, "--sample_every", 2]
+
+
+def numbers(rows, column):
+    return [float(row[column]) for row in rows]
+
+
+def assert_close_runs(a, b):
+    ours, theirs = history(a), history(b)
+    assert len(ours) == len(theirs) and ours[0].keys() == theirs[0].keys()
+    for column in ours[0]:
+        if ours[0][column]:
+            assert numbers(ours, column) == pytest.approx(numbers(theirs, column), rel=2e-4, abs=1e-4), column
+    first, second = weights(a / "last.pth"), weights(b / "last.pth")
+    for which in ("model", "ema"):
+        for name, value in first[which].items():
+            torch.testing.assert_close(value, second[which][name], rtol=2e-3, atol=2e-4)
+
+
+def test_two_processes_train_as_one(flags, tmp_path, fake_hub):
+    """Losses, held-out measures, FID, weights; then one process goes on with what two have begun."""
+    fake_hub.inception()
+    flags = [*flags, "--fid_every", 1, "--fid_dims", 64, "--fid_samples", 21]
+    one = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags), "--exp_name", "one"], cwd=tmp_path,
+                         env=fake_hub.env, capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    two = torchrun(2, *flags, "--exp_name", "two", "--stop_epoch", 1, "--save_dir", "elsewhere", cwd=tmp_path, env=fake_hub.env)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("self-check") == 1 and "2 processes" in two.stdout
+    run = tmp_path / "elsewhere/two"
+    assert {p.name for p in run.iterdir()} >= {"last.pth", "best_fid.pth", "history.csv", "args.json"}
+    more = subprocess.run([sys.executable, ROOT / "train.py", "--resume", run / "last.pth"], cwd=tmp_path, env=fake_hub.env,
+                          capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr
+    assert_close_runs(tmp_path / "results/one", run)
+    assert any(numbers(history(run), "floor_share")) and not all(v == 1 for v in numbers(history(run), "floor_share"))
+
+
+@pytest.mark.slow
+def test_three_processes_with_a_streamed_data_set_train_as_one(flags, tmp_path):
+    flags = [*flags, "--cache_gb", 0, "--num_workers", 1, "--batch_size", 9, "--flip"]
+    one = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags), "--exp_name", "one"], cwd=tmp_path)
+    three = torchrun(3, *flags, "--exp_name", "three", cwd=tmp_path)
+    assert one.returncode == three.returncode == 0, three.stderr
+    assert_close_runs(tmp_path / "results/one", tmp_path / "results/three")
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_all_with_its_message(flags, tmp_path):
+    (tmp_path / "wrapped.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+step = train.train_step
+def failing(trainer, *rest):
+    if trainer.step == 3 and os.environ["RANK"] == "1":
+        raise train.UserError("no more of this")
+    step(trainer, *rest)
+train.train_step = failing
+train.run(train.main)
+""")
+    done = torchrun(2, *flags, cwd=tmp_path, script=tmp_path / "wrapped.py")
+    assert done.returncode != 0 and "error: process 1: no more of this" in done.stderr
+    assert torchrun(2, *flags, "--resume", "auto", "--overwrite", cwd=tmp_path).returncode != 0     # both at once make no sense
+    again = torchrun(2, *flags, "--resume", "auto", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_batch_that_cannot_be_shared_is_refused(flags, tmp_path):
+    done = torchrun(2, *flags, "--batch_size", 7, cwd=tmp_path)
+    assert done.returncode != 0 and "--batch_size: 7 images a step cannot be shared equally by 2 processes" in done.stderr
+
+
+def test_health_of_shares_is_the_health_of_the_whole():
+    torch.manual_seed(0)
+    mu, var, r = torch.randn(10, 3), torch.rand(10, 3), torch.softmax(torch.randn(10, 4), 1).double()
+    parts = torch.rand(4, 10, dtype=torch.float64)
+
+    def health(rows):
+        h = LatentHealth()
+        h.mu, h.var, h.parts = [mu[rows]], [var[rows]], [parts[:, rows].sum(1)]
+        h.responsibility, h.count = r[rows].sum(0), len(mu[rows])
+        return h
+
+    whole = health(slice(None)).summary()
+    shared = LatentHealth.together([health(slice(0, 3)), health(slice(3, 10)), LatentHealth()]).summary()
+    for name, value in whole.items():
+        assert np.allclose(value, shared[name]), name
