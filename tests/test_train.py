@@ -500,3 +500,99 @@ def test_error_reaches_the_shell_as_one_line_and_code_2(data, tmp_path):
     assert done.returncode == 2 and done.stderr.splitlines() == ["error: --num_components 0: must be 1 or more"]
     done = command("--flow_prior", "sideways", cwd=tmp_path)
     assert done.returncode == 2 and "sideways" in done.stderr
+
+
+# -- spikes, extremes, determinism --------------------------------------------------------------------------------------
+
+def test_spike_is_skipped_and_counted(data, monkeypatch, tmp_path):
+    parts, step, before, moved = train.loss_parts, train.train_step, [], []
+
+    def spiked(args, model, lpips, x, out):
+        result = parts(args, model, lpips, x, out)
+        if model.training and len(moved) in (3, 4):
+            result["pixel"] = result["pixel"] * (1e6 if len(moved) == 3 else 1e30)     # the second overflows the norm
+        return result
+
+    def watched(trainer, *rest):
+        old = [p.detach().clone() for p in trainer.parameters]
+        moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
+        step(trainer, *rest)
+        moved.append(not same(old, [p.detach() for p in trainer.parameters]))
+        before.append(same(moments, [s["exp_avg"] for s in trainer.optimizer.state.values()]))
+
+    monkeypatch.setattr(train, "loss_parts", spiked)
+    monkeypatch.setattr(train, "train_step", watched)
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--skip_grad_norm", 1e5, "--sample_every", 0, "--no-tensorboard")
+    assert moved == [i not in (3, 4) for i in range(10)] and before == [i in (3, 4) for i in range(10)]
+    run = tmp_path / "results/CrossVampVAE"
+    assert [row["skipped_steps"] for row in history(run)] == ["2", "0"]
+    assert all(float(row["grad_norm"]) < 1e4 for row in history(run))
+    assert "skipped 2" in (run / "train_log.txt").read_text()
+
+
+@pytest.mark.parametrize("flags", [
+    ("--num_components", 1, "--batch_size", 37), ("--num_components", 100, "--batch_size", 2, "--stop_epoch", 1),
+    ("--latent_dim", 2, "--flow_context", "encoder"), ("--hidden_dims", 8, "--blocks_per_stage", 0),
+], ids=lambda flags: " ".join(map(str, flags)))
+def test_extreme_sizes_train(flags, data, monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, *data, *flags, "--epochs", 1, "--sample_every", 0, "--no-tensorboard")
+    row = history(tmp_path / "results/CrossVampVAE")[0]
+    assert all(np.isfinite(float(row[k])) for k in ("train_loss", "val_loss", "val_kl_raw"))
+
+
+@pytest.mark.parametrize(("count", "pixels"), [(1, 0), (20, 128)])
+def test_constant_images_and_a_single_image_train(count, pixels, monkeypatch, tmp_path):
+    for i in range(count):
+        path = tmp_path / "images" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), pixels, np.uint8)).save(path)
+    main(monkeypatch, tmp_path, "--dataset", "folder", "--data_dir", tmp_path / "images", "--img_size", 8, *TINY,
+         "--epochs", 2, "--no-tensorboard")
+    rows = history(tmp_path / "results/CrossVampVAE")
+    assert all(np.isfinite(float(row[k])) for row in rows for k in ("train_loss", "val_loss", "val_kl_raw"))
+
+
+def test_deterministic_runs_are_equal_and_say_so(data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")           # the user's own setting stays
+    seen = []
+    step = train.train_step
+
+    def watched(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    try:
+        for name in "ab":
+            main(monkeypatch, tmp_path, *data, "--epochs", 2, "--deterministic", "--exp_name", name, "--sample_every", 0,
+                 "--no-tensorboard")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen and all(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert "deterministic" in capsys.readouterr().out
+    assert_same_run(tmp_path / "results/a", tmp_path / "results/b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--compile", "--channels_last"), ("--channels_last",)], ids=" ".join)
+def test_fast_paths_learn_the_same(flags, data, monkeypatch, tmp_path):
+    """The losses of 200 steps agree to within rounding that grows with the steps."""
+    common = [*data, "--epochs", 40, "--lr", 1e-3, "--warmup_epochs", 0, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *common, "--exp_name", "eager")
+    main(monkeypatch, tmp_path, *common, "--exp_name", "fast", *flags)
+    ours, theirs = history(tmp_path / "results/eager"), history(tmp_path / "results/fast")
+    for column in ("train_loss", "val_loss", "kl_raw"):
+        for a, b in zip(ours, theirs):
+            assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-2), (column, a["epoch"])
+
+
+def test_failing_compiler_is_a_note(data, monkeypatch, tmp_path, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    flags = [*data, "--epochs", 1, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *flags, "--compile", "--exp_name", "a")
+    assert "note: torch.compile fails here (RuntimeError: no compiler here); going on without it" in capsys.readouterr().out
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "b")
+    assert_same_run(tmp_path / "results/a", tmp_path / "results/b")

@@ -1,0 +1,203 @@
+"""Training: images a second of train.py's step against the plain way of writing it, measured in turns in one run.
+
+    python tests/benchmarks/bench_train.py                                  the default network on this machine
+    python tests/benchmarks/bench_train.py --batch_size 1024 --cases plain fast
+    python tests/benchmarks/bench_train.py --profile fast where the time goes
+
+Cases
+    plain    float32, NCHW, eager; PIL images through torchvision transforms in a DataLoader with four workers; EMA in a
+             Python loop; losses read at every step for a progress bar
+    eager    train.py's step with --no-compile --no-channels_last --amp none
+    layout   the same with --channels_last
+    fast     the flags that train.py chooses on this device (bf16, channels_last and compile on a GPU)
+    compile  float32 with --channels_last --compile
+
+One JSON line for each case: images a second (median of the rounds), ratio to plain, and the share of the device's
+measured matrix rate that the counted operations come to. LPIPS has the network of VGG16 with random weights: the
+arithmetic is the same, and nothing is downloaded. The images are random: their content changes no speed.
+"""
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train
+from utils import MemoryImages, cpu_count, pick_device
+
+
+def random_lpips(device):
+    import lpips
+    model = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).to(device).requires_grad_(False)
+    return lambda a, b: model(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)).flatten()
+
+
+def make_trainer(args, flags, images, lpips, device, channels_last):
+    torch.manual_seed(0)
+    model = train.CrossFlowVampVAE(**train.model_args_of(flags)).to(
+        device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return train.Trainer(flags, model, lpips, len(images) // args.batch_size, args.batch_size, Path("."), "")
+
+
+class Fast:
+    """train.py's own steps, for `steps` at a time."""
+
+    def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled):
+        self.trainer, self.amp = make_trainer(args, flags, images, lpips, device, channels_last), amp
+        self.data = MemoryImages(images, device)
+        if compiled:
+            train.compile_step(self.trainer, (args.batch_size, *images.shape[1:]), amp)
+        self.trainer.model.train()
+
+    def run(self, steps):
+        size = self.trainer.batch_size
+        order = torch.randint(len(self.data), (steps, size))
+        for i, batch in enumerate(self.data.batches(order, self.trainer.device)):
+            train.train_step(self.trainer, batch, self.amp)
+            if (i + 1) % (1 if self.trainer.device.type == "cpu" else 50) == 0:
+                self.trainer.read()
+
+
+class Plain:
+    """The same network and loss, written the usual way."""
+
+    def __init__(self, args, flags, images, lpips, device):
+        from PIL import Image
+        from torchvision import transforms
+
+        class PILImages(torch.utils.data.Dataset):
+            def __init__(self, arrays, transform):
+                self.arrays, self.transform = arrays, transform
+
+            def __len__(self):
+                return len(self.arrays)
+
+            def __getitem__(self, i):
+                return self.transform(Image.fromarray(self.arrays[i]))
+
+        self.device, self.flags, self.lpips = device, flags, lpips
+        transform = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                        transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+        torch.manual_seed(0)
+        self.model = train.CrossFlowVampVAE(**train.model_args_of(flags)).to(device)
+        self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
+        self.loader = torch.utils.data.DataLoader(PILImages(images.permute(0, 2, 3, 1).numpy(), transform), args.batch_size,
+                                                  shuffle=True, drop_last=True, num_workers=4, persistent_workers=True,
+                                                  pin_memory=device.type == "cuda")
+        self.batches = iter(())
+
+    def run(self, steps):
+        for _ in range(steps):
+            x = next(self.batches, None)
+            if x is None:
+                self.batches = iter(self.loader)
+                x = next(self.batches)
+            x = x.to(self.device)
+            out = self.model(x, prior=self.model.prior_params())
+            kl = self.model.kl_terms(out).kl.mean()
+            pixel = (out.recon - x).abs().sum((1, 2, 3)).mean()
+            perceptual = self.lpips(out.recon, x).mean() if self.lpips else pixel.new_zeros(())
+            loss = pixel + self.flags.lpips_weight * perceptual + 0.1 * kl
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.flags.grad_clip)
+            self.optimizer.step()
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    self.ema[name].mul_(0.999).add_(p, alpha=0.001)
+            _ = [v.item() for v in (loss, pixel, perceptual, kl)]
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_operations(args, flags, images, lpips, device):
+    """GFLOP of one image's step (a multiply-add is two), by the module that calls for it."""
+    from torch.utils.flop_counter import FlopCounterMode
+    trainer = make_trainer(args, flags, images, lpips, device, False)
+    x = torch.zeros(args.batch_size, *images.shape[1:], device=device)
+    eps = torch.zeros(args.batch_size, flags.latent_dim, device=device)
+    with FlopCounterMode(display=False) as counter:
+        train.backward(trainer, x, eps, False)
+    return counter.get_total_flops() / args.batch_size / 1e9
+
+
+def matrix_rate(device, amp):
+    """Measured TFLOP/s of a large matrix product in the case's precision."""
+    n, dtype = (8192, torch.bfloat16 if amp else torch.float32) if device.type == "cuda" else (1536, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["plain", "eager", "layout", "fast"],
+                        choices=("plain", "eager", "layout", "fast", "compile"))
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=0, help="a round; 0 = 100 on a GPU, 2 on the CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no_lpips", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--profile", default=None, metavar="CASE", help="print where the time of one case goes")
+    args, rest = parser.parse_known_args()
+    device = pick_device(args.device)
+    flags, _ = train.parse_args(rest)
+    flags.in_channels, flags.flip, cuda = 3, True, device.type == "cuda"
+    native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (50 * args.batch_size, 3, flags.img_size, flags.img_size), np.uint8))
+    lpips = None if args.no_lpips else random_lpips(device)
+    gflop = count_operations(args, flags, images, lpips, device)
+    settings = {"eager": (False, False, False), "layout": (False, True, False), "compile": (False, True, True),
+                "fast": (native, cuda, cuda)}                   # amp, channels_last, compile
+    runs, seconds = {}, {case: [] for case in args.cases}
+    for case in args.cases:
+        runs[case] = (Plain(args, flags, images, lpips, device) if case == "plain" else
+                      Fast(args, flags, images, lpips, device, *settings[case]))
+        runs[case].run(3)                                       # warm-up: kernels chosen, workers started
+    steps = args.steps or (100 if cuda else 2)
+    for _ in range(args.rounds):
+        for case, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run.run(steps)
+            synchronize(device)
+            seconds[case].append(time.perf_counter() - start)
+    where = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {cpu_count()} cores"
+    plain = statistics.median(seconds["plain"]) if "plain" in seconds else None
+    for case, times in seconds.items():
+        rate = steps * args.batch_size / statistics.median(times)
+        amp = case == "fast" and native
+        print(json.dumps({
+            "case": case, "images_per_s": round(rate, 1), "rounds": [round(steps * args.batch_size / t, 1) for t in times],
+            "ratio_to_plain": round(plain / statistics.median(times), 3) if plain else None,
+            "gflop_per_image": round(gflop, 3), "matrix_rate_share": round(rate * gflop / 1e3 / matrix_rate(device, amp), 3),
+            "batch_size": args.batch_size, "lpips": "none" if args.no_lpips else "vgg, random weights",
+            "device": where, "torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+    if args.profile:
+        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+        with torch.profiler.profile(activities=activities) as profile:
+            runs[args.profile].run(steps)
+            synchronize(device)
+        print(profile.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=25,
+                                           max_name_column_width=50))
+
+
+if __name__ == "__main__":
+    main()
