@@ -6,7 +6,7 @@
     python test.py --resume results/demo/last.pth --num_samples 2000 --diagnose --nll --evaluate
     python test.py --resume results/demo/last.pth --do_real False --do_pictures False --seed 1 --fake_dirname fake_seed1
 
-Writes to data_dir (8-bit RGB PNG, 00000.png and up, with a manifest that says what they are)
+Writes to data_dir, or to export_dir (8-bit RGB PNG, 00000.png and up, with a manifest that says what they are)
     <real_dirname>      a split of the data set, as training decoded it
     <fake_dirname>      samples of the prior
     <recon_dirname>     reconstructions of a split, through the posterior's mean (--do_recon True)
@@ -105,6 +105,7 @@ def build_parser():
                        help="the averaged weights, or the last ones")
     group.add_argument("--data_dir", default=None,
                        help="where the data set is and the exports go (default: as in training)")
+    group.add_argument("--export_dir", default=None, help="where the exports go instead (default: data_dir)")
     group.add_argument("--allow_other_data", action="store_true",
                        help="go on if these are not the images of the training")
     group.add_argument("--save_dir", default="./results",
@@ -119,7 +120,7 @@ def build_parser():
                            help=f"export {dict(real='real images', fake='samples', recon='reconstructions')[what]} "
                                 f"(default {default})")
     for what in ("real", "fake", "recon"):
-        group.add_argument(f"--{what}_dirname", default=f"{what}_cifar", help="folder below data_dir")
+        group.add_argument(f"--{what}_dirname", default=f"{what}_cifar", help="folder below data_dir, or below export_dir")
     group.add_argument("--real_split", choices=("train", "test"), default="train", help="which real images")
     group.add_argument("--recon_split", choices=("train", "test"), default="train",
                        help="which images are reconstructed")
@@ -367,7 +368,7 @@ def plan_exports(args, model, sets, identity):
                 "channels": model.in_channels, **entries}
 
     def add(what, manifest, batches):
-        exports.append(Export(Path(args.data_dir, getattr(args, f"{what}_dirname")), f"--{what}_dirname", manifest,
+        exports.append(Export(Path(args.export_dir, getattr(args, f"{what}_dirname")), f"--{what}_dirname", manifest,
                               manifest["count"], batches))
 
     if args.do_real:
@@ -975,7 +976,7 @@ def save_diagnostics(path, result, posterior, title):
 
 def next_commands(args, tag, device):
     """The commands that turn the exports into numbers and figures, ready for a shell."""
-    real, fake = (str(Path(args.data_dir, name)) for name in (args.real_dirname, args.fake_dirname))
+    real, fake = (str(Path(args.export_dir, name)) for name in (args.real_dirname, args.fake_dirname))
     quality = str(Path(args.save_dir, QUALITY_DIR))
     order = list(dict.fromkeys(["VAE", tag, "real"]))
     commands = [
@@ -1022,6 +1023,8 @@ def main():
     require_plain_name(f"{args.resume}: exp_name", exp_name)
     tag = args.tag or exp_name
     args.data_dir = args.data_dir or checkpoint["args"]["data_dir"]
+    exports_flag = "--export_dir" if args.export_dir else "--data_dir"
+    args.export_dir = args.export_dir or args.data_dir
     weights = "raw" if checkpoint["ema"] is None else args.weights
     identity = {"checkpoint_sha256": sha256_file(args.resume), "weights": weights}
     extractor = InceptionFeatures(device, args.fid_dims, without="leave out --evaluate") if args.evaluate else None
@@ -1039,7 +1042,7 @@ def main():
     exports = plan_exports(args, model, sets, identity)
     starts = [plan_export(e, args.overwrite) for e in exports]
     if exports:
-        writable_folder(args.data_dir, "--data_dir")
+        writable_folder(args.export_dir, exports_flag)
     folder = writable_folder(Path(args.save_dir, exp_name, "test"), "--save_dir")
     if args.evaluate:
         eval_out = Path(args.eval_out or folder / f"evaluation_{tag}.json")

@@ -195,6 +195,20 @@ def test_weights_temperature_and_reconstructions(checkpoint, data, monkeypatch, 
     assert (manifest["kind"], manifest["split"], manifest["count"]) == ("reconstructions", "test", 20)
 
 
+def test_exports_go_where_they_are_sent(checkpoint, data, monkeypatch, tmp_path, capsys):
+    before = state(data)
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--export_dir", tmp_path / "ex ports", "--num_samples", 5, "--do_recon",
+         "True")
+    folders = {kind: tmp_path / "ex ports" / f"{kind}_cifar" for kind in ("real", "fake", "recon")}
+    assert {kind: len(read(folder)[0]) for kind, folder in folders.items()} == {"real": 60, "fake": 5, "recon": 60}
+    assert state(data) == before
+    commands = [shlex.split(line) for line in capsys.readouterr().out.split("next:\n")[1].splitlines()]
+    assert commands[0][3:] == [str(folders["real"]), str(folders["fake"])]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--export_dir"):
+        export(monkeypatch, tmp_path, checkpoint, "--export_dir", tmp_path / "file")
+
+
 def test_part_of_a_split_is_spread_over_it(checkpoint, data, monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_fake", "False", "--real_split", "test", "--num_real", 5)
     assert torch.equal(read(data / "real_cifar")[0], data_set(data)[1].images[::4])
