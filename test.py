@@ -124,6 +124,8 @@ def build_parser():
     group.add_argument("--real_split", choices=("train", "test"), default="train", help="which real images")
     group.add_argument("--recon_split", choices=("train", "test"), default="train",
                        help="which images are reconstructed")
+    group.add_argument("--recon_flow", choices=("used", "bypassed"), default="used",
+                       help="bypassed: the decoder is given z0 as it is, which shows how much it leans on the flow")
     group.add_argument("--num_samples", type=int, default=50000, help="generated images")
     group.add_argument("--num_real", type=int, default=0, help="real images, evenly spaced in the split; 0 = all")
     group.add_argument("--num_recon", type=int, default=0, help="reconstructions, evenly spaced in the split; 0 = all")
@@ -382,12 +384,15 @@ def plan_exports(args, model, sets, identity):
             lambda start: generate_images(model, args.num_samples, args.gen_batch_size, args.seed, args.temperature,
                                           start))
     if args.do_recon:
+        if args.recon_flow == "bypassed" and model.flow is None:
+            raise UserError("--recon_flow bypassed: this model has no flow")
+        flow = args.recon_flow == "used"
         source = sets[args.recon_split]
         picked = spread(args.num_recon, len(source))
         device = next(model.parameters()).device
         add("recon", manifest("reconstructions", len(picked), **identity, split=args.recon_split,
-                              data=source.fingerprint, latent="posterior mean"),
-            lambda start: (reconstruct(model, batch)
+                              data=source.fingerprint, latent="posterior mean" + ("" if flow else ", flow bypassed")),
+            lambda start: (reconstruct(model, batch, flow=flow)
                            for batch in source.batches(picked[start:].split(args.gen_batch_size), device)))
     return exports
 
