@@ -6,7 +6,7 @@
     python test.py --resume results/demo/last.pth --num_samples 2000 --diagnose --nll --evaluate
     python test.py --resume results/demo/last.pth --do_real False --do_pictures False --seed 1 --fake_dirname fake_seed1
 
-Writes to data_dir (8-bit RGB PNG, 00000.png and up, with a manifest that says what they are)
+Writes to data_dir, or to export_dir (8-bit RGB PNG, 00000.png and up, with a manifest that says what they are)
     <real_dirname>      a split of the data set, as training decoded it
     <fake_dirname>      samples of the prior
     <recon_dirname>     reconstructions of a split, through the posterior's mean (--do_recon True)
@@ -110,6 +110,7 @@ def build_parser():
                        help="the averaged weights, or the last ones")
     group.add_argument("--data_dir", default=None,
                        help="where the data set is and the exports go (default: as in training)")
+    group.add_argument("--export_dir", default=None, help="where the exports go instead (default: data_dir)")
     group.add_argument("--allow_other_data", action="store_true",
                        help="go on if these are not the images of the training")
     group.add_argument("--save_dir", default="./results",
@@ -124,10 +125,12 @@ def build_parser():
                            help=f"export {dict(real='real images', fake='samples', recon='reconstructions')[what]} "
                                 f"(default {default})")
     for what in ("real", "fake", "recon"):
-        group.add_argument(f"--{what}_dirname", default=f"{what}_cifar", help="folder below data_dir")
+        group.add_argument(f"--{what}_dirname", default=f"{what}_cifar", help="folder below data_dir, or below export_dir")
     group.add_argument("--real_split", choices=("train", "test"), default="train", help="which real images")
     group.add_argument("--recon_split", choices=("train", "test"), default="train",
                        help="which images are reconstructed")
+    group.add_argument("--recon_flow", choices=("used", "bypassed"), default="used",
+                       help="bypassed: the decoder is given z0 as it is, which shows how much it leans on the flow")
     group.add_argument("--num_samples", type=int, default=50000, help="generated images")
     group.add_argument("--num_real", type=int, default=0, help="real images, evenly spaced in the split; 0 = all")
     group.add_argument("--num_recon", type=int, default=0, help="reconstructions, evenly spaced in the split; 0 = all")
@@ -371,7 +374,7 @@ def plan_exports(args, model, sets, identity):
                 "channels": model.in_channels, **entries}
 
     def add(what, manifest, batches):
-        exports.append(Export(Path(args.data_dir, getattr(args, f"{what}_dirname")), f"--{what}_dirname", manifest,
+        exports.append(Export(Path(args.export_dir, getattr(args, f"{what}_dirname")), f"--{what}_dirname", manifest,
                               manifest["count"], batches))
 
     if args.do_real:
@@ -386,12 +389,15 @@ def plan_exports(args, model, sets, identity):
             lambda start: generate_images(model, args.num_samples, args.gen_batch_size, args.seed, args.temperature,
                                           start))
     if args.do_recon:
+        if args.recon_flow == "bypassed" and model.flow is None:
+            raise UserError("--recon_flow bypassed: this model has no flow")
+        flow = args.recon_flow == "used"
         source = sets[args.recon_split]
         picked = spread(args.num_recon, len(source))
         device = next(model.parameters()).device
         add("recon", manifest("reconstructions", len(picked), **identity, split=args.recon_split,
-                              data=source.fingerprint, latent="posterior mean"),
-            lambda start: (reconstruct(model, batch)
+                              data=source.fingerprint, latent="posterior mean" + ("" if flow else ", flow bypassed")),
+            lambda start: (reconstruct(model, batch, flow=flow)
                            for batch in source.batches(picked[start:].split(args.gen_batch_size), device)))
     return exports
 
@@ -988,7 +994,7 @@ def save_diagnostics(path, result, posterior, title):
 
 def next_commands(args, tag, device):
     """The commands that turn the exports into numbers and figures, ready for a shell."""
-    real, fake = (str(Path(args.data_dir, name)) for name in (args.real_dirname, args.fake_dirname))
+    real, fake = (str(Path(args.export_dir, name)) for name in (args.real_dirname, args.fake_dirname))
     quality = str(Path(args.save_dir, QUALITY_DIR))
     order = list(dict.fromkeys(["VAE", tag, "real"]))
     commands = [
@@ -1041,6 +1047,8 @@ def export_and_measure(args, locks):
     require_plain_name(f"{args.resume}: exp_name", exp_name)
     tag = args.tag or exp_name
     args.data_dir = args.data_dir or checkpoint["args"]["data_dir"]
+    exports_flag = "--export_dir" if args.export_dir else "--data_dir"
+    args.export_dir = args.export_dir or args.data_dir
     weights = "raw" if checkpoint["ema"] is None else args.weights
     identity = {"checkpoint_sha256": sha256_file(args.resume), "weights": weights}
     extractor = InceptionFeatures(device, args.fid_dims, without="leave out --evaluate") if args.evaluate else None
@@ -1058,7 +1066,7 @@ def export_and_measure(args, locks):
     exports = plan_exports(args, model, sets, identity)
     starts = [plan_export(e, args.overwrite) for e in exports]
     if exports:
-        writable_folder(args.data_dir, "--data_dir")
+        writable_folder(args.export_dir, exports_flag)
     folder = writable_folder(Path(args.save_dir, exp_name, "test"), "--save_dir")
     if args.evaluate:
         eval_out = Path(args.eval_out or folder / f"evaluation_{tag}.json")

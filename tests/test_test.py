@@ -217,6 +217,38 @@ def test_weights_temperature_and_reconstructions(checkpoint, data, monkeypatch, 
     assert (manifest["kind"], manifest["split"], manifest["count"]) == ("reconstructions", "test", 20)
 
 
+def test_reconstructions_without_the_flow(checkpoint, data, monkeypatch, tmp_path):
+    flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--do_recon", "True", "--recon_split", "test"]
+    main(monkeypatch, tmp_path, checkpoint, *flags, "--recon_dirname", "used")
+    main(monkeypatch, tmp_path, checkpoint, *flags, "--recon_dirname", "bypassed", "--recon_flow", "bypassed")
+    model, _ = load_model(checkpoint, "cpu")
+    mu = model.encode(to_float(data_set(data)[1].images))[0]
+    (used, a), (bypassed, b) = read(data / "used"), read(data / "bypassed")
+    assert torch.equal(bypassed, to_uint8(model.decode(mu))) and not torch.equal(bypassed, used)
+    assert (a.pop("latent"), b.pop("latent")) == ("posterior mean", "posterior mean, flow bypassed") and a == b
+    # One is never taken for the other.
+    for folder, flow in (("used", "bypassed"), ("bypassed", "used")):
+        with pytest.raises(UserError, match="flow bypassed"):
+            main(monkeypatch, tmp_path, checkpoint, *flags, "--recon_dirname", folder, "--recon_flow", flow)
+    path = make_checkpoint(tmp_path / "results" / "plain", data, "--flow_length", 0)
+    with pytest.raises(UserError, match="no flow"):
+        main(monkeypatch, tmp_path, path, *flags, "--recon_dirname", "plain", "--recon_flow", "bypassed")
+
+
+def test_exports_go_where_they_are_sent(checkpoint, data, monkeypatch, tmp_path, capsys):
+    before = state(data)
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--export_dir", tmp_path / "ex ports", "--num_samples", 5, "--do_recon",
+         "True")
+    folders = {kind: tmp_path / "ex ports" / f"{kind}_cifar" for kind in ("real", "fake", "recon")}
+    assert {kind: len(read(folder)[0]) for kind, folder in folders.items()} == {"real": 60, "fake": 5, "recon": 60}
+    assert state(data) == before
+    commands = [shlex.split(line) for line in capsys.readouterr().out.split("next:\n")[1].splitlines()]
+    assert commands[0][3:] == [str(folders["real"]), str(folders["fake"])]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--export_dir"):
+        export(monkeypatch, tmp_path, checkpoint, "--export_dir", tmp_path / "file")
+
+
 def test_part_of_a_split_is_spread_over_it(checkpoint, data, monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_fake", "False", "--real_split", "test", "--num_real", 5)
     assert torch.equal(read(data / "real_cifar")[0], data_set(data)[1].images[::4])

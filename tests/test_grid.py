@@ -1,0 +1,256 @@
+"""tests/benchmarks/grid.py: tiny grids through its real command line, and the table made of them."""
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from csv_analysis import sharpness
+from utils import UserError
+
+SCRIPT = str(ROOT / "tests" / "benchmarks" / "grid.py")
+spec = importlib.util.spec_from_file_location("grid", SCRIPT)
+grid = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(grid)
+
+OWN = ["--preset", "digits", "--num_samples", "40"]
+COMMON = ["--", "--epochs", "2", "--hidden_dims", "8", "12", "--latent_dim", "4", "--num_components", "5",
+          "--flow_seq_len", "1", "--flow_embed_dim", "8", "--no-tensorboard"]
+GOOD = ["CrossVampVAE"]
+
+# The distance of mean images: quick, and easily computed again.
+DISTANCE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+real, fake = (np.mean([np.asarray(Image.open(p), float) for p in Path(f).glob("*.png")], 0) for f in sys.argv[1:])
+print("some other words")
+print(json.dumps({"gap": np.abs(real - fake).mean()}))
+"""
+
+
+def call(*arguments):
+    """grid.py in this process, which spares an import of torch; all that it runs are processes of their own.
+    -> exit code, standard output, standard error."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before, handlers, code = sys.argv, [signal.getsignal(s) for s in signals], 0
+    sys.argv = [SCRIPT, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            grid.run(grid.main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = before
+        for s, handler in zip(signals, handlers):
+            signal.signal(s, handler)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A grid of a broken variant and a good one after it: its folder, exit code and what it printed. The good one finds
+    what a run leaves that was killed before its first checkpoint."""
+    out = tmp_path_factory.mktemp("grid") / "out"
+    lost = out / "runs" / "CrossVampVAE_s0"
+    lost.mkdir(parents=True)
+    (lost / "history.csv").write_text("epoch\n1\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        result = call("--out", out, *OWN, "--only", "broken", *GOOD, "--extra", "broken: --latent_dim -3", *COMMON)
+    return argparse.Namespace(out=out, **dict(zip(("code", "stdout", "stderr"), result)))
+
+
+def pair(out, name):
+    return json.loads((out / "pairs" / f"{name}.json").read_text())
+
+
+def images(folder):
+    return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))])
+
+
+def state(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and "logs" not in p.parts}
+
+
+@pytest.mark.slow
+def test_interrupted_pair_is_resumed(finished, tmp_path):
+    """And ends with the numbers of the pair that was not interrupted."""
+    def start():
+        return subprocess.Popen([sys.executable, SCRIPT, "--out", tmp_path, *OWN, "--only", *GOOD, *COMMON], text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    log, deadline = tmp_path / "runs/CrossVampVAE_s0/train_log.txt", time.monotonic() + 120
+    process = start()
+    while not log.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in stderr and "Traceback" not in stderr
+    record = pair(tmp_path, "CrossVampVAE_s0")
+    assert list(record["steps"]) == ["train"] and not record["steps"]["train"]["done"] and not record["finished"]
+    process = start()
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    step = int((tmp_path / "logs/CrossVampVAE_s0.txt").read_text().split("resumed at epoch 0, step ")[1].split("\n")[0])
+    steps = pair(tmp_path, "CrossVampVAE_s0")["steps"]
+    assert 0 < step < 25 and steps["train"]["attempts"] == 2 and steps["export"]["attempts"] == 1
+    resumed, whole = (pd.read_csv(out / "grid.csv").set_index("variant") for out in (tmp_path, finished.out))
+    assert resumed.loc[GOOD, list(grid.HISTORY)].equals(whole.loc[GOOD, list(grid.HISTORY)])
+
+
+def test_run_killed_before_it_saved_starts_again(finished):
+    """Such a run has a history but nothing to resume from, which train.py --resume auto refuses."""
+    assert pd.read_csv(finished.out / "runs/CrossVampVAE_s0/history.csv")["epoch"].tolist() == [1, 2]
+
+
+def check_table(out, variants):
+    """grid.csv and grid.md against the files that the runs left, and the pictures."""
+    table = pd.read_csv(out / "grid.csv").set_index("variant")
+    assert table.index.tolist() == variants
+    text = (out / "grid.md").read_text()
+    for name, row in table.iterrows():
+        last = pd.read_csv(out / f"runs/{name}_s0/history.csv").iloc[-1]
+        for column in grid.HISTORY:
+            assert row[column] == pytest.approx(last[column], rel=1e-12), column
+            assert math.isnan(row[f"{column}_std"])             # one seed
+        assert f"| {name} | 0 | {last['val_loss']:.4g} |" in text
+        checkpoint = torch.load(out / f"runs/{name}_s0/last.pth", weights_only=True)
+        moments = checkpoint["optimizer"]["state"].values()     # one for each parameter, none for a buffer
+        assert row["parameters"] == sum(m["exp_avg"].numel() for m in moments)
+        fake, real = (sharpness(images(out / "images" / folder))["lap_var"].mean()
+                      for folder in (f"{name}_s0/samples", "real_test"))
+        assert row["sharpness_ratio"] == pytest.approx(fake / real, rel=1e-9)
+        record = pair(out, f"{name}_s0")
+        assert row["train_s"] == record["steps"]["train"]["seconds"] > 0
+        counts = {d: len(images(out / "images" / f"{name}_s0" / d)) for d in ("samples", "reconstructions")}
+        assert counts == {"samples": 40, "reconstructions": 179}
+    diagnostics = [p["diagnostics"] for p in json.loads((out / "grid.json").read_text())["pairs"]]
+    assert [d["latent_dim"] for d in diagnostics] == [4] * len(variants)
+    for name, panels in (("samples.png", 1 + len(variants)), ("pseudo.png", 1)):
+        with Image.open(out / name) as picture:
+            assert picture.width == 480 * panels
+
+
+def test_table_holds_the_numbers_of_the_runs(finished):
+    check_table(finished.out, GOOD)
+
+
+def test_failed_variant_is_named_and_the_others_go_on(finished):
+    assert finished.code == 2
+    assert "1 failed" in finished.stderr and "broken_s0: train: error: --latent_dim -3" in finished.stderr
+    lines = finished.stdout.splitlines()
+    failure = next(i for i, line in enumerate(lines) if "FAILED" in line)
+    assert "broken_s0" in lines[failure] and any("CrossVampVAE_s0: train" in line for line in lines[failure:])
+    assert not pair(finished.out, "broken_s0")["finished"]
+
+
+def test_second_invocation_does_nothing_again(finished):
+    before = {name: state(finished.out / name) for name in ("runs", "images", "sharpness", "pairs")}
+    table = (finished.out / "grid.csv").read_bytes()
+    code, printed, _ = call("--out", finished.out, *OWN, "--only", *GOOD, *COMMON)
+    assert code == 0 and printed.count("finished before") == 1
+    assert {name: state(finished.out / name) for name in before} == before
+    assert (finished.out / "grid.csv").read_bytes() == table
+    (finished.out / "grid.csv").unlink()
+    assert call("--out", finished.out, "--collect")[0] == 0
+    assert (finished.out / "grid.csv").read_bytes() == table
+    assert {name: state(finished.out / name) for name in before} == before
+
+
+def test_runs_with_other_flags_are_never_mixed(finished):
+    before = state(finished.out / "runs")
+    code, _, error = call("--out", finished.out, *OWN, "--only", *GOOD, *COMMON, "--lr", "0.001")
+    assert code == 2 and "other common flags" in error and "--lr 0.001" in error
+    record = finished.out / "pairs" / "CrossVampVAE_s0.json"
+    kept = record.read_text()
+    record.write_text(kept.replace('"flags": ""', '"flags": "--flow_length 3"'))
+    code, _, error = call("--out", finished.out, *OWN, "--only", *GOOD, *COMMON)
+    record.write_text(kept)
+    assert code == 2 and "CrossVampVAE_s0: was trained with other flags (--flow_length 3" in error
+    code, _, error = call("--out", finished.out, *OWN, "--only", *GOOD, *COMMON, "--exp_name", "x")
+    assert code == 2 and "--exp_name" in error
+    assert state(finished.out / "runs") == before
+
+
+@pytest.mark.slow
+def test_distances_and_another_variant_are_added(finished, tmp_path, monkeypatch):
+    """Asked for later: what is trained is not trained again, each distance is that of the right two folders."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "distance.py").write_text(DISTANCE)
+    before = state(finished.out / "runs/CrossVampVAE_s0")
+    distance = ["--distance", f"python '{tmp_path / 'distance.py'}' {{real}} {{fake}}", "--distance_key", "gap"]
+    code, _, error = call("--out", finished.out, *OWN, "--jobs", 2, "--only", "CrossVampVAE", "VAE", *distance, *COMMON)
+    assert code == 0, error
+    check_table(finished.out, ["VAE", "CrossVampVAE"])
+    after = state(finished.out / "runs/CrossVampVAE_s0")
+    assert {p for p in before if before[p] != after[p]} <= {p for p in before if p.parent.name == "test"}
+    table = pd.read_csv(finished.out / "grid.csv").set_index("variant")
+    folder = finished.out / "images"
+    for name in ("VAE", "CrossVampVAE"):
+        for column, real, fake in (("gap_samples", "real_test", "samples"), ("gap_recon", "real_test", "reconstructions"),
+                                   ("gap_train", "real_train_40", "samples"), ("gap_bypassed", "real_test", "bypassed")):
+            if (name, fake) == ("VAE", "bypassed"):             # which has no flow
+                assert math.isnan(table.loc[name, column]) and not (folder / f"{name}_s0" / fake).exists()
+                continue
+            a, b = (images(folder / f).astype(float).mean(0) for f in (real, f"{name}_s0/{fake}"))
+            assert table.loc[name, column] == pytest.approx(np.abs(a - b).mean(), rel=1e-9)
+    manifest = json.loads((folder / "CrossVampVAE_s0" / "bypassed" / "manifest.json").read_text())
+    assert manifest["latent"] == "posterior mean, flow bypassed"
+    assert table.loc["VAE", "val_log_det"] == 0 != table.loc["CrossVampVAE", "val_log_det"]
+    assert len(images(folder / "real_train_40")) == 40 and "distance.py" in (finished.out / "grid.md").read_text()
+
+
+def test_parse_number():
+    assert grid.parse_number('loading\n{"fd": 2.5, "n": 3}\n{"fd": 1.5}\nbye', "fd") == 1.5
+    for output, words in (('{"a": 1, "b": 2}', "among a, b"), ('{"fd": NaN}', "no such number"), ("1.5", "JSON object")):
+        with pytest.raises(UserError, match=words):
+            grid.parse_number(output, "fd")
+
+
+def test_mean_and_spread_over_seeds():
+    def record(variant, seed, **values):
+        names = (*grid.HISTORY, "sharpness_ratio", "train_s", "parameters")
+        return {"variant": variant, "seed": seed, "values": dict.fromkeys(names, 1.0) | values}
+
+    table = grid.table_of([record("b", 0, val_loss=1.0, fd_recon=3.0), record("b", 1, val_loss=2.0, fd_recon=3.0),
+                           record("b", 4, val_loss=6.0, fd_recon=3.0), record("a", 0, val_loss=5.0)]).set_index("variant")
+    assert table.index.tolist() == ["b", "a"] and table["seeds"].tolist() == ["0 1 4", "0"]
+    assert table.loc["b", "val_loss"] == 3 and table.loc["b", "val_loss_std"] == pytest.approx(math.sqrt(7))
+    assert (table.loc["b", "fd_recon"], table.loc["b", "fd_recon_std"]) == (3, 0)
+    assert all(math.isnan(table.loc["a", c]) for c in ("val_loss_std", "fd_recon", "fd_recon_std"))
+    cells = [grid.cell(29.53499, 0.1234), grid.cell(12345.6, 0.0), grid.cell(0.5, math.nan), grid.cell(math.nan, math.nan)]
+    assert cells == ["29.53 ± 0.12", "12,346", "0.5", ""]
+
+
+def test_variants():
+    def choose(lpips="vgg", **flags):
+        args = argparse.Namespace(**{"preset": "none", "flow_lengths": None, "only": None, "extra": [], **flags})
+        return grid.choose_variants(args, argparse.Namespace(lpips_net=lpips))
+
+    assert {"flow_4", "flow_16", "no_lpips"} <= set(choose()) and "no_lpips" not in choose("none")
+    assert {"flow_1", "flow_4", "flow_8"} <= set(choose(preset="digits")) and "flow_16" not in choose(preset="digits")
+    assert choose(flow_lengths=[3], only=["flow_3", "mine"], extra=["mine: --lr 1 --prior mog"]) == {
+        "flow_3": ["--flow_length", "3"], "mine": ["--lr", "1", "--prior", "mog"]}
+    for flags, words in ((dict(only=["VEA"]), "VEA"), (dict(extra=["VAE: --lr 1"]), "there is a variant"),
+                         (dict(extra=["../x: --lr 1"]), "NAME"), (dict(extra=["--lr 1"]), "NAME")):
+        with pytest.raises(UserError, match=words):
+            choose(**flags)
+    # Every variant is one that train.py knows.
+    for flags in choose().values():
+        grid.parse_train_flags(flags)
