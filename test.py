@@ -4,6 +4,7 @@
         --save_dir ./results --num_samples 50000 --gen_batch_size 100 --real_dirname real_cifar \\
         --fake_dirname fake_cifar --do_recon False
     python test.py --resume results/demo/last.pth --num_samples 2000 --diagnose --nll --evaluate
+    torchrun --nproc_per_node=4 test.py --resume results/my_run/last.pth        exports shared out over four GPUs
     python test.py --resume results/demo/last.pth --do_real False --do_pictures False --seed 1 --fake_dirname fake_seed1
 
 Writes to data_dir, or to export_dir (8-bit RGB PNG, 00000.png and up, with a manifest that says what they are)
@@ -72,13 +73,16 @@ from utils import (
     atomic_write,
     cpu_count,
     frechet_distance,
+    gather,
     generate_images,
     image_grid,
+    is_main,
+    join_processes,
     load_data,
     load_model,
     lock_folder,
     mean_and_covariance,
-    pick_device,
+    my_share,
     read_json,
     run,
     save_png,
@@ -213,7 +217,7 @@ class Export(NamedTuple):
     flag: str                   # the flag that names the folder
     manifest: dict              # what the images depend on; an export with another one is another export
     count: int
-    batches: Callable           # batches(start) -> uint8 (B, C, H, W) from image number `start` on
+    batches: Callable           # batches(start, stop) -> uint8 (B, C, H, W) of the images of these numbers
 
 
 def encode_png(images):
@@ -320,28 +324,33 @@ def delete_export(folder):
 
 
 def write_export(export, start, threads):
-    """Make the folder's images from number `start` on. Returns images a second.
+    """Make the folder's images from number `start` on, each process an equal share. Returns images a second.
 
     The manifest's `done` counts only images that lie on the disk whole, without a gap: whenever this is killed, the
-    next run writes again what comes after, and a half-written file cannot survive.
+    next run writes again what comes after, and a half-written file cannot survive. The main process has the first share
+    and keeps the manifest.
     """
     folder, count = export.folder, export.count
-    if start < 0:
-        delete_export(folder)
-        start = 0
-    folder.mkdir(parents=True, exist_ok=True)
-    done, first, pending = start, start, deque()
     began = recorded = time.monotonic()
 
-    def record():
-        write_json(folder / MANIFEST, {**export.manifest, "done": done})
+    def record(done):
+        if is_main():
+            write_json(folder / MANIFEST, {**export.manifest, "done": done})
 
-    record()
+    if is_main():
+        if start < 0:
+            delete_export(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    start = max(start, 0)
+    record(start)
+    gather("the folder is ready")
+    mine = range(start, count)[my_share(count - start)]
+    done, first, pending = mine.start, mine.start, deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        with progress_bar(count, f"writing {folder.name}") as bar:
-            bar.update(start)
-            for batch in export.batches(start):
+        with progress_bar(mine.stop, f"writing {folder.name}") as bar:
+            bar.update(mine.start)
+            for batch in export.batches(mine.start, mine.stop):
                 for part in batch.cpu().split(100):
                     pending.append(pool.submit(write_pngs, folder, part, first, count))
                     first += len(part)
@@ -351,7 +360,7 @@ def write_export(export, start, threads):
                     pending.popleft()
                     bar.update(done - bar.n)
                 if time.monotonic() - recorded > RECORD_S:
-                    record()
+                    record(done)
                     recorded = time.monotonic()
             while pending:
                 done += pending[0].result()
@@ -360,9 +369,11 @@ def write_export(export, start, threads):
     finally:
         pool.shutdown(cancel_futures=True)
         with contextlib.suppress(OSError):                      # on a full disk the older manifest stays, also true
-            record()
-    if done != count:
-        raise ValueError(f"expected {count} images, got {done}")
+            record(done)
+    if done != mine.stop:
+        raise ValueError(f"expected images up to number {mine.stop}, got {done}")
+    gather("all images are written")
+    record(count)
     return (count - start) / max(time.monotonic() - began, 1e-9)
 
 
@@ -383,12 +394,11 @@ def plan_exports(args, model, sets, identity):
         chosen = spread(args.num_real, len(data))
         # Not of one checkpoint: all variants trained on these images share them.
         add("real", manifest("real", len(chosen), split=args.real_split, data=data.fingerprint),
-            lambda start: data.batches(chosen[start:].split(1000), torch.device("cpu")))
+            lambda start, stop: data.batches(chosen[start:stop].split(1000), torch.device("cpu")))
     if args.do_fake:
         add("fake", manifest("samples", args.num_samples, **identity, seed=args.seed, temperature=args.temperature,
                              latents=f"drawn in blocks of {LATENT_BLOCK}"),
-            lambda start: generate_images(model, args.num_samples, args.gen_batch_size, args.seed, args.temperature,
-                                          start))
+            lambda start, stop: generate_images(model, stop, args.gen_batch_size, args.seed, args.temperature, start))
     if args.do_recon:
         if args.recon_flow == "bypassed" and model.flow is None:
             raise UserError("--recon_flow bypassed: this model has no flow")
@@ -398,8 +408,8 @@ def plan_exports(args, model, sets, identity):
         device = next(model.parameters()).device
         add("recon", manifest("reconstructions", len(picked), **identity, split=args.recon_split,
                               data=source.fingerprint, latent="posterior mean" + ("" if flow else ", flow bypassed")),
-            lambda start: (reconstruct(model, batch, flow=flow)
-                           for batch in source.batches(picked[start:].split(args.gen_batch_size), device)))
+            lambda start, stop: (reconstruct(model, batch, flow=flow) for batch in
+                                 source.batches(picked[start:stop].split(args.gen_batch_size), device)))
     return exports
 
 
@@ -1038,7 +1048,7 @@ def main():
 def export_and_measure(args, locks):
     """locks: an ExitStack that keeps the folders which are written to locked until the end."""
     # -- everything that could be missing later, before anything is written ---------------------------------------
-    device = pick_device(args.device)
+    device = join_processes(args.device)
     torch.backends.cudnn.allow_tf32 = False                     # a GPU's pixels within one grey level of a CPU's
     model, checkpoint = load_model(args.resume, device, args.weights)
     missing = [k for k in (*DATA_FLAGS, "exp_name", "flip") if k not in checkpoint["args"]]
@@ -1074,14 +1084,15 @@ def export_and_measure(args, locks):
         writable_folder(eval_out.parent, "--eval_out")
         quality = writable_folder(Path(args.save_dir, QUALITY_DIR), "--save_dir")
 
-    if measured:                                                # else only lines are added to the log
+    if measured and is_main():                                  # else only lines are added to the log
         locks.enter_context(lock_folder(folder, "--save_dir"))
     for i, export in enumerate(exports):
-        if starts[i] != export.count:
+        if starts[i] != export.count and is_main():
             locks.enter_context(lock_folder(export.folder, export.flag))
             starts[i] = plan_export(export, args.overwrite)     # again: another process may have written until now
 
-    log = open(folder / "test_log.txt", "a", encoding="utf-8")
+    starts = gather(starts)[0]
+    log = open(folder / "test_log.txt" if is_main() else os.devnull, "a", encoding="utf-8")
 
     def say(text):
         print(text, flush=True)
@@ -1110,6 +1121,8 @@ def export_and_measure(args, locks):
         rate = write_export(export, start, args.png_threads or min(cpu_count(), 8))
         say(f"export      {what}{', an older export replaced' if start < 0 else ''}, {rate:,.0f} a second")
 
+    if not is_main():                                           # what follows takes one process
+        return
     # -- pictures, diagnostics ------------------------------------------------------------------------------------
     if args.do_pictures or args.diagnose:
         held_out = sets["test"]

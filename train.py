@@ -231,8 +231,8 @@ def resolve_resume(args, given):
 
     Returns its dict and its path, None twice for a fresh start.
     """
-    def require_empty(folder, way_out):
-        if not args.overwrite and ((folder / "history.csv").exists() or any(folder.glob("*.pth"))):
+    def require_empty(folder, way_out, what=("*.pth", "history.csv")):
+        if not args.overwrite and any(any(folder.glob(pattern)) for pattern in what):
             raise UserError(f"{folder} already holds a run: {way_out}another --exp_name keeps both")
 
     own = Path(args.save_dir, args.exp_name)
@@ -242,7 +242,8 @@ def resolve_resume(args, given):
         return None, None
     path = own / "last.pth" if args.resume == "auto" else Path(args.resume)
     if args.resume == "auto" and not path.exists():
-        require_empty(own, "it has no last.pth to go on from; --overwrite starts again, ")
+        # A history alone is what is left of a run that was killed before its first checkpoint: nothing can be lost.
+        require_empty(own, "it has no last.pth to go on from; --overwrite starts again, ", what=["*.pth"])
         print(f"--resume auto: no {path} yet, starting from the beginning")
         return None, None
     checkpoint = read_checkpoint(path, resumable=True)
@@ -472,7 +473,9 @@ class Trainer:
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         self.best_fid, self.history = checkpoint["best_fid"], checkpoint["history"]
         best, source = self.folder / "best_fid.pth", path.parent / "best_fid.pth"
-        if not best.exists():
+        if self.history and self.history[-1]["fid"] == self.best_fid < math.inf:
+            self.save_best()                              # this is the best; the run may have been killed before it said so
+        elif not best.exists():
             if not source.exists():
                 self.best_fid = math.inf
             elif is_main():                               # resumed into another folder: the best goes along
@@ -888,11 +891,12 @@ def train(stack):
         is_best = row["fid"] is not None and row["fid"] < trainer.best_fid
         if is_best:
             trainer.best_fid = row["fid"]
-            trainer.save_best()
         waited = max(gather(time.monotonic() - trainer.last_saved))
         due = trainer.epoch % args.save_every == 0 and waited >= args.save_every_s
         if due or is_best or trainer.epoch == last_epoch or stop.asked():
             trainer.save()
+        if is_best:                                       # after last.pth, from which restore() can make it again
+            trainer.save_best()
         if is_main():
             record(trainer, row, held_out, log, writer, at_end)
         if args.check_every and trainer.epoch % args.check_every == 0:

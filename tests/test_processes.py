@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, write_images
 from test_train import TINY, history, weights
 
-from utils import LatentHealth
+from utils import LatentHealth, decode_images, list_images
 
 
 def torchrun(processes, *flags, cwd, script="train.py", env=None):
@@ -59,6 +59,21 @@ def test_two_processes_train_as_one(flags, tmp_path, fake_hub):
     assert more.returncode == 0, more.stderr
     assert_close_runs(tmp_path / "results/one", run)
     assert any(numbers(history(run), "floor_share")) and not all(v == 1 for v in numbers(history(run), "floor_share"))
+
+
+def test_two_processes_export_what_one_does(flags, tmp_path):
+    trained = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags), "--epochs", "1"], cwd=tmp_path)
+    assert trained.returncode == 0
+    common = ["--resume", "results/CrossVampVAE/last.pth", "--num_samples", 1501, "--do_recon", True, "--do_pictures", False,
+              "--gen_batch_size", 64]
+    one = subprocess.run([sys.executable, ROOT / "test.py", *map(str, common), "--export_dir", "one"], cwd=tmp_path)
+    two = torchrun(2, *common, "--export_dir", "two", cwd=tmp_path, script="test.py")
+    assert one.returncode == two.returncode == 0, two.stderr
+    for name, count in (("real_cifar", 43), ("fake_cifar", 1501), ("recon_cifar", 43)):
+        a, b = (decode_images(list_images(tmp_path / where / name)).int() for where in ("one", "two"))
+        assert len(a) == len(b) == count and (a - b).abs().max() <= 1
+        assert (tmp_path / "one" / name / "manifest.json").read_text() == (tmp_path / "two" / name / "manifest.json").read_text()
+    assert "complete and as asked for" in torchrun(2, *common, "--export_dir", "one", cwd=tmp_path, script="test.py").stdout
 
 
 @pytest.mark.slow

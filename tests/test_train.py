@@ -268,6 +268,34 @@ def test_run_stopped_in_its_evaluation_evaluates_again(data, monkeypatch, tmp_pa
     assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
 
 
+def test_run_killed_before_its_first_checkpoint_starts_again(data, monkeypatch, tmp_path):
+    run = tmp_path / "results/CrossVampVAE"
+    run.mkdir(parents=True)
+    (run / "history.csv").write_text("epoch\n1\n")
+    flags = [*data, "--epochs", 1, "--sample_every", 0, "--no-tensorboard"]
+    with pytest.raises(UserError, match="already holds a run"):
+        main(monkeypatch, tmp_path, *flags)
+    main(monkeypatch, tmp_path, *flags, "--resume", "auto")
+    assert [row["epoch"] for row in history(run)] == ["1"]
+    (run / "last.pth").rename(run / "best_fid.pth")              # a result, whatever became of the rest
+    with pytest.raises(UserError, match="no last.pth to go on from"):
+        main(monkeypatch, tmp_path, *flags, "--resume", "auto")
+    assert (run / "best_fid.pth").exists()
+
+
+def test_best_checkpoint_missing_after_a_kill_is_made_again(data, monkeypatch, tmp_path, fake_hub):
+    fake_hub.inception()
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--sample_every", 0, "--no-tensorboard",
+         "--fid_every", 1, "--fid_dims", 64, "--fid_samples", 10)
+    run = tmp_path / "results/CrossVampVAE"
+    best = weights(run / "best_fid.pth")
+    (run / "best_fid.pth").unlink()
+    monkeypatch.setattr(train, "evaluate_fid", lambda *_: best["best_fid"] + 1)
+    main(monkeypatch, tmp_path, "--resume", "auto")
+    again = weights(run / "best_fid.pth")
+    assert again["epoch"] == 1 and again["best_fid"] == best["best_fid"] and same(best["ema"], again["ema"])
+
+
 def test_resuming_into_another_folder_copies_the_best_and_spares_a_run_there(data, monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--exp_name", "a", "--no-tensorboard")
     last = tmp_path / "results/a/last.pth"

@@ -85,7 +85,7 @@ def main():
         fresh = (Path(root, str(i)) for i in range(10 ** 6))
         if "write" in args.case:
             images, n = smooth_images(args.images, args.size), args.images
-            ways = [lambda: export(next(fresh), n, lambda start: images.split(1000), args.threads),
+            ways = [lambda: export(next(fresh), n, lambda start, stop: images[start:stop].split(1000), args.threads),
                     lambda: pil_loop(next(fresh), images, 1), lambda: pil_loop(next(fresh), images, 6)]
             ours, pil, default = take_turns(ways, args.repeat)
             print(json.dumps({
@@ -100,8 +100,8 @@ def main():
             torch.manual_seed(0)
             model = CrossFlowVampVAE(img_size=args.size).to(device).eval()
 
-            def batches(start=0):
-                return generate_images(model, n, 100, 0, start=start)
+            def batches(start=0, stop=n):
+                return generate_images(model, stop, 100, 0, start=start)
 
             decode, both = take_turns([lambda: [batch.cpu() for batch in batches()],
                                        lambda: export(next(fresh), n, batches, args.threads)], args.repeat)
