@@ -72,7 +72,8 @@ def test_two_processes_export_what_one_does(flags, tmp_path):
     for name, count in (("real_cifar", 43), ("fake_cifar", 1501), ("recon_cifar", 43)):
         a, b = (decode_images(list_images(tmp_path / where / name)).int() for where in ("one", "two"))
         assert len(a) == len(b) == count and (a - b).abs().max() <= 1
-        assert (tmp_path / "one" / name / "manifest.json").read_text() == (tmp_path / "two" / name / "manifest.json").read_text()
+        manifests = [(tmp_path / where / name / "manifest.json").read_text() for where in ("one", "two")]
+        assert manifests[0] == manifests[1]
     assert "complete and as asked for" in torchrun(2, *common, "--export_dir", "one", cwd=tmp_path, script="test.py").stdout
 
 
