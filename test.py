@@ -400,8 +400,8 @@ def plan_exports(args, model, sets, identity):
                              latents=f"drawn in blocks of {LATENT_BLOCK}"),
             lambda start, stop: generate_images(model, stop, args.gen_batch_size, args.seed, args.temperature, start))
     if args.do_recon:
-        if args.recon_flow == "bypassed" and model.flow is None:
-            raise UserError("--recon_flow bypassed: this model has no flow")
+        if args.recon_flow == "bypassed" and not decodes_flow(model):
+            raise UserError("--recon_flow bypassed: this model decodes without a flow anyway")
         flow = args.recon_flow == "used"
         source = sets[args.recon_split]
         picked = spread(args.num_recon, len(source))
@@ -413,13 +413,19 @@ def plan_exports(args, model, sets, identity):
     return exports
 
 
+def decodes_flow(model):
+    """Does the decoder see what the flow makes?"""
+    return model.flow is not None and model.decode_from == "zK"
+
+
 @torch.no_grad()
 def reconstruct(model, images, eps=None, flow=True):
     """uint8 (B, C, H, W) -> its reconstruction, uint8. eps (B, D): noise of z0, None = the posterior's mean; flow=False
     decodes z0 itself."""
-    mu, logvar, context = model.posterior(to_float(images))
-    z0 = mu if eps is None else mu + torch.exp(0.5 * logvar) * eps
-    return to_uint8(model.decode(model.apply_flow(z0, context)[0] if flow else z0))
+    if flow:
+        return to_uint8(model.reconstruct(to_float(images), eps))
+    mu, logvar = model.encode(to_float(images))
+    return to_uint8(model.decode(mu if eps is None else mu + torch.exp(0.5 * logvar) * eps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,9 +576,8 @@ def fit_scale(model, data, indices, batch_size, seed):
     noise = torch.randn(len(indices), model.latent_dim, generator=seeded("cpu", seed, "laplace"))
     pairs, n = [], 0
     for batch in data.batches(indices.split(batch_size), device):
-        mu, logvar, context = model.posterior(to_float(batch))
-        z0 = mu + torch.exp(0.5 * logvar) * noise[n:n + len(batch)].to(device)
-        pairs.append((batch.float(), (model.decode(model.apply_flow(z0, context)[0]).float() + 1) * 127.5))
+        mean = model.reconstruct(to_float(batch), noise[n:n + len(batch)].to(device))
+        pairs.append((batch.float(), (mean.float() + 1) * 127.5))
         n += len(batch)
     return laplace_scale(pairs)
 
@@ -599,7 +604,7 @@ def importance_weights(model, batch, scale, samples, generators, chunk=512):
             z0 = m + torch.exp(0.5 * v) * eps.reshape(b * S, D)
             zK, log_det = model.apply_flow(z0, c)
             kl = model.kl_terms(VAEOutput(None, m, v, z0, zK, log_det, *prior)).kl              # log q - log p of zK
-            mean = (model.decode(zK).float() + 1) * 127.5
+            mean = (model.decode(model.seen_by_decoder(z0, zK)).float() + 1) * 127.5
             levels = batch[these, None].expand(-1, S, -1, -1, -1).flatten(0, 1).float()
             log_x = log_laplace_bins(levels, mean, scale).flatten(1).sum(1)
             out[these, s:s + S] = (log_x - kl).view(b, S).double().cpu()
@@ -717,7 +722,7 @@ def evaluate(args, model, data, extractor):
         return frechet_distance(*statistics, *mean_and_covariance(features))
 
     metrics["fid_reconstructed"] = fid_of(True, "features of reconstructions")
-    if model.flow is not None:
+    if decodes_flow(model):
         metrics["fid_flow_bypassed"] = fid_of(False, "features without the flow")
     metrics["fid_prior_gap"] = metrics["fid"] - metrics["fid_reconstructed"]
     pca = "none"
@@ -800,7 +805,7 @@ def component_rows(model, usage, seed, temperature, most=20, each=8):
     rows = []
     for k, eps in zip(order.tolist(), noise):
         z = torch.cat([mu_k[k:k + 1], mu_k[k] + temperature * torch.exp(0.5 * logvar_k[k]) * eps])
-        images = to_uint8(model.decode(model.apply_flow(z)[0] if model.flow_prior == "pushed" else z))
+        images = to_uint8(model.decode(model.from_mixture(z)))
         if model.pseudo_inputs is not None:
             images = torch.cat([to_uint8(model.pseudo_inputs[k:k + 1]), images])
         rows.append((f"k = {k}, {usage[k]:.1%}", images, None))
@@ -812,9 +817,11 @@ def interpolate(model, images, seed, steps=9):
     """Rows for save_rows: images 0 and 1, 2 and 3, ... and straight lines in zK between a posterior sample of each."""
     eps = torch.randn(len(images), model.latent_dim, generator=seeded("cpu", seed, "interpolation")).to(images.device)
     zK = latents(model, to_float(images), eps, (None, None))[0].zK
-    t = torch.linspace(0, 1, steps, device=zK.device)[:, None]
-    return [(f"pair {i // 2 + 1}", torch.cat([images[i:i + 1], to_uint8(model.decode((1 - t) * zK[i] + t * zK[i + 1])),
-                                              images[i + 1:i + 2]]), None) for i in range(0, len(images) - 1, 2)]
+    t, rows = torch.linspace(0, 1, steps, device=zK.device)[:, None], []
+    for i in range(0, len(images) - 1, 2):
+        line = model.decode(model.decoder_latent((1 - t) * zK[i] + t * zK[i + 1]))
+        rows.append((f"pair {i // 2 + 1}", torch.cat([images[i:i + 1], to_uint8(line), images[i + 1:i + 2]]), None))
+    return rows
 
 
 def nearest_images(queries, data, block=2000):

@@ -25,7 +25,15 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from models.vamp_flow import FLOW_CONTEXTS, FLOW_PRIORS, PRIORS, CrossFlowVampVAE, check_flow
+from models.vamp_flow import (
+    DECODE_FROM,
+    FLOW_CONTEXTS,
+    FLOW_PRIORS,
+    MIXTURE_WEIGHTS,
+    PRIORS,
+    CrossFlowVampVAE,
+    check_flow,
+)
 from utils import (
     InceptionFeatures,
     LatentHealth,
@@ -76,11 +84,12 @@ MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite
 # Of these, what a resumed run does not take over from the checkpoint.
 NOT_INHERITED = {"exp_name", "save_dir", "device", "resume", "overwrite", "stop_epoch", "demo"}
 
-TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "under_floor", "grad_norm",
-         "skipped")
+TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "balance", "under_floor",
+         "grad_norm", "skipped")
 COLUMNS = ("epoch", "beta", "lr", "train_loss", "val_loss", "recon", "lpips", "kl_raw", "kl_optim", "log_q0", "log_det",
-           "log_p", "floor_share", "grad_norm", "skipped_steps", "val_recon", "val_lpips", "val_kl_raw", "val_log_q0",
-           "val_log_det", "val_log_p", "active_units", "effective_components", "dead_components", "fid", "img_per_s")
+           "log_p", "balance", "floor_share", "grad_norm", "skipped_steps", "val_recon", "val_lpips", "val_kl_raw",
+           "val_log_q0", "val_log_det", "val_log_p", "active_units", "effective_components", "dead_components", "fid",
+           "img_per_s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,6 +140,10 @@ def build_parser():
     group.add_argument("--flow_mlp_ratio", type=int, default=4, help="hidden width of the blocks' MLP over the token width")
     group.add_argument("--flow_prior", choices=FLOW_PRIORS, default="unflowed", help="does the prior follow the flow?")
     group.add_argument("--flow_context", choices=FLOW_CONTEXTS, default="none", help="encoder: amortised flow")
+    group.add_argument("--decode_from", choices=DECODE_FROM, default="zK",
+                       help="what the decoder sees; z0: the flow belongs to the prior alone")
+    group.add_argument("--mixture_weights", choices=MIXTURE_WEIGHTS, default="uniform", help="of the prior's components")
+    group.add_argument("--posterior_std", type=float, default=0.0, help="one sigma for every posterior, 0 = the encoder's")
     group.add_argument("--scale_bound", type=float, default=2.0, help="bound of the flow's log-scales")
     group.add_argument("--logvar_clamp", type=float, nargs=2, default=[-10.0, 10.0], help="bounds of the log-variance")
 
@@ -140,6 +153,8 @@ def build_parser():
     group.add_argument("--lpips_weight", type=float, default=100.0, help="factor of LPIPS")
     group.add_argument("--lpips_linear", type=true_false, default=True, metavar="True|False",
                        help="lpips' learned channel weights; False: uniform ones (for a stand-in trunk)")
+    group.add_argument("--balance", type=float, default=0.0,
+                       help="factor of log K - H(mean responsibility of a batch), against dead components, 0 = off")
     group.add_argument("--beta_max", type=float, default=0.2, help="factor of the KL after warm-up")
     group.add_argument("--warmup_epochs", type=float, default=20, help="epochs over which beta rises from 0")
     group.add_argument("--free_bits", type=float, default=0.5, help="nats of KL per dimension that cost nothing, 0 = off")
@@ -191,8 +206,8 @@ def check_flags(args, given):
     at_least = dict(latent_dim=1, blocks_per_stage=0, num_components=1, flow_length=0, flow_seq_len=1, flow_embed_dim=1,
                     flow_heads=1, flow_layers=1, flow_mlp_ratio=1, epochs=1, batch_size=1, sample_every=0, grid_images=1,
                     fid_every=0, fid_samples=2, eval_batch_size=0, save_every=1, save_every_s=0, check_every=0, keep=1,
-                    val_images=0, stop_epoch=0, threads=0, weight_decay=0, lr_min=0, grad_clip=0, skip_grad_norm=0,
-                    beta_max=0, warmup_epochs=0, free_bits=0, lpips_weight=0, pseudo_noise=0, seed=0)
+                    val_images=0, stop_epoch=0, threads=0, weight_decay=0, lr_min=0, grad_clip=0, skip_grad_norm=0, balance=0,
+                    posterior_std=0, beta_max=0, warmup_epochs=0, free_bits=0, lpips_weight=0, pseudo_noise=0, seed=0)
     for name, low in at_least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be {low} or more")
@@ -209,6 +224,9 @@ def check_flags(args, given):
     senseless = [
         (args.flow_length == 0 and args.flow_prior == "pushed", "--flow_prior pushed with --flow_length 0: no flow to push"),
         (args.flow_length == 0 and args.flow_context == "encoder", "--flow_context encoder with --flow_length 0: no flow"),
+        (args.flow_length == 0 and args.decode_from == "z0", "--decode_from z0 with --flow_length 0: zK is z0 there"),
+        (args.prior == "standard" and args.mixture_weights == "learned", "--mixture_weights with --prior standard: no mixture"),
+        (args.prior == "standard" and args.balance > 0, "--balance with --prior standard: no mixture"),
         (args.flow_prior == "pushed" and args.flow_context == "encoder",
          "--flow_prior pushed with --flow_context encoder: the prior needs one flow for all images"),
         (args.lpips_net == "none" and "lpips_weight" in given and args.lpips_weight > 0,
@@ -273,7 +291,7 @@ def model_args_of(args):
     """The constructor arguments of CrossFlowVampVAE, as plain values for the checkpoint."""
     names = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "num_components", "prior",
              "flow_length", "flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "flow_prior",
-             "flow_context", "scale_bound", "logvar_clamp")
+             "flow_context", "decode_from", "mixture_weights", "posterior_std", "scale_bound", "logvar_clamp")
     return {**{n: getattr(args, n) for n in names}, "perm_seed": args.seed}
 
 
@@ -298,26 +316,33 @@ def build_lpips(net, linear, device, shape):
 
 def loss_parts(args, model, lpips, x, out):
     """What the objective is made of, each the mean over the batch: pixel (sum over the pixels of an image), LPIPS, and
-    the one-sample KL with its parts, in nats."""
+    the one-sample KL with its parts, in nats; and, for --balance, the mean responsibilities (K,)."""
     recon = out.recon.float()
     difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
     pixel = difference.sum((1, 2, 3)).mean()
     perceptual = lpips(recon, x).mean() if lpips else pixel.new_zeros(())
     kl, log_q0, log_det, log_p = (part.mean() for part in model.kl_terms(out))
-    return {"pixel": pixel, "LPIPS": perceptual, "KL_Raw": kl, "log_q0": log_q0, "log_det": log_det, "log_p": log_p}
+    usage = model.responsibilities(out).mean(0) if args.balance else None                       # (K,)
+    return {"pixel": pixel, "LPIPS": perceptual, "KL_Raw": kl, "log_q0": log_q0, "log_det": log_det, "log_p": log_p}, usage
 
 
-def objective(args, parts, beta):
-    """loss = recon + w LPIPS + beta max(KL - free_bits D, 0), and what else TERMS names, from the loss_parts.
+def objective(args, parts, usage, beta):
+    """loss = recon + w LPIPS + beta max(KL - free_bits D, 0) + balance (log K - H(usage)), and what else TERMS names,
+    from the loss_parts.
 
-    The floor acts on the mean KL of the global batch (free bits: Kingma et al. 2016, arXiv 1606.04934). Each process
-    has the mean of its own share, so the comparison alone needs the others: the mean of what they return is the loss.
+    The floor acts on the mean KL of the global batch (free bits: Kingma et al. 2016, arXiv 1606.04934), and so does the
+    entropy H. Each process has the mean of its own share; of the others it needs the comparison with the floor and the
+    logarithm of the usage, neither of which passes a gradient: the mean of what all return is the loss.
     """
     kl, floor = parts["KL_Raw"], args.free_bits * args.latent_dim
     under_floor = (all_mean(kl.detach()) < floor).float()
     kl_optim = (kl - floor) * (1 - under_floor)
     loss = parts["pixel"] + args.lpips_weight * parts["LPIPS"] + beta * kl_optim
-    return {"loss": loss, **parts, "KL_optim": kl_optim, "under_floor": under_floor}
+    balance = kl.new_zeros(())
+    if args.balance:
+        balance = math.log(len(usage)) + (usage * all_mean(usage.detach()).clamp_min(1e-12).log()).sum()
+        loss = loss + args.balance * balance
+    return {"loss": loss, **parts, "KL_optim": kl_optim, "balance": balance, "under_floor": under_floor}
 
 
 def weight_groups(model, weight_decay):
@@ -508,7 +533,7 @@ def backward(trainer, x, eps, amp):
         torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(trainer.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
         parts = trainer.criterion(x, trainer.network(x, eps))
-    terms = objective(trainer.args, parts, trainer.beta())
+    terms = objective(trainer.args, *parts, trainer.beta())
     trainer.optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     return terms
@@ -590,7 +615,7 @@ def evaluate(trainer, lpips, data, stop):
     for batch in until_stopped(data.batches(torch.arange(n)[mine].split(args.eval_batch_size), trainer.device), stop):
         x = to_float(batch)
         out = model(x, eps[done:done + len(x)], prior)
-        parts = loss_parts(args, model, lpips, x, out)
+        parts, _ = loss_parts(args, model, lpips, x, out)
         pixel, perceptual = pixel + parts["pixel"].item() * len(x), perceptual + parts["LPIPS"].item() * len(x)
         health.add(model, out, model.kl_terms(out))
         done += len(x)
@@ -636,14 +661,13 @@ def save_images(trainer, held_out, writer):
     grids = {"samples": (to_uint8(model.sample(args.grid_images, generator=seeded("cpu", args.seed, "grid"))), 8)}
     n = min(32, len(held_out))
     originals = held_out.take(range(n)).to(trainer.device)
-    mu, _, context = model.posterior(to_float(originals))
-    decoded = to_uint8(model.decode(model.apply_flow(mu, context)[0]))
+    decoded = to_uint8(model.reconstruct(to_float(originals)))
     rows = [x for i in range(0, n, 8) for x in (originals[i:i + 8], decoded[i:i + 8])]
     grids["recon"] = torch.cat([torch.cat([r, r.new_full((8 - len(r), *r.shape[1:]), 255)]) for r in rows]), 8
     if args.prior == "vamp":
         grids["pseudo"] = to_uint8(model.pseudo_inputs[:100]), 10
     elif args.prior == "mog":
-        grids["pseudo"] = to_uint8(model.decode(model.prior_params()[0][:100])), 10
+        grids["pseudo"] = to_uint8(model.decode(model.from_mixture(model.prior_params()[0][:100]))), 10
     for name, (images, columns) in grids.items():
         grid = image_grid(images.cpu(), columns)
         save_png(folder / f"{name}_{trainer.epoch:04d}.png", grid, zoom=max(1, 64 // args.img_size))
@@ -878,7 +902,8 @@ def train(stack):
         row.update(epoch=trainer.epoch + 1, beta=trainer.beta(), lr=trainer.scheduler.get_last_lr()[0],
                    train_loss=means["loss"], recon=means["pixel"], lpips=means["LPIPS"] if lpips else None,
                    kl_raw=means["KL_Raw"], kl_optim=means["KL_optim"], floor_share=means["under_floor"], img_per_s=speed,
-                   skipped_steps=means["skipped"], **{k: means[k] for k in ("log_q0", "log_det", "log_p", "grad_norm")})
+                   skipped_steps=means["skipped"],
+                   **{k: means[k] for k in ("log_q0", "log_det", "log_p", "balance", "grad_norm")})
         at_end = trainer.epoch + 1 == args.epochs
         try:
             row.update(evaluate(trainer, lpips, held_out, stop))

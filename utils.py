@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from models.vamp_flow import CrossFlowVampVAE, component_log_probs
+from models.vamp_flow import CrossFlowVampVAE
 
 try:
     import fcntl
@@ -805,8 +805,7 @@ class LatentHealth:
         self.mu.append(out.mu.float().cpu())
         self.var.append(out.logvar.float().exp().cpu())
         self.parts.append(torch.stack(kl).cpu().double().mean(1) * len(out.mu))
-        log_r = component_log_probs(model.mixture_latent(out), out.mu_k, out.logvar_k)
-        self.responsibility = self.responsibility + torch.softmax(log_r, 1).cpu().double().sum(0)
+        self.responsibility = self.responsibility + model.responsibilities(out).cpu().double().sum(0)
         self.count += len(out.mu)
 
     @classmethod

@@ -1,7 +1,7 @@
 """CrossFlowVampVAE: a VAE with a VampPrior and a bi-directional cross-attention flow on its latent.
 
     x -> encoder -> q(z0|x) = N(mu(x), diag sigma^2(x)) -> z0 -> BiCrossAttnFlow f -> zK -> decoder -> x'
-    prior: p(zK) = 1/K sum_k N(zK; mu(u_k), diag sigma^2(u_k)), the u_k being learned pseudo-inputs
+    prior: p(zK) = sum_k w_k N(zK; mu(u_k), diag sigma^2(u_k)), the u_k being learned pseudo-inputs, w_k = 1/K
 
     log q(zK|x) = log N(z0; mu, sigma^2) - log|det dzK/dz0|
     KL          = E_q[ log q(zK|x) - log p(zK) ]                                     (one sample, in nats)
@@ -28,6 +28,8 @@ __all__ = ["log_normal", "component_log_probs", "log_mixture", "BiCrossAttnFlow"
 PRIORS = ("vamp", "mog", "standard")
 FLOW_PRIORS = ("unflowed", "pushed")
 FLOW_CONTEXTS = ("none", "encoder")
+MIXTURE_WEIGHTS = ("uniform", "learned")
+DECODE_FROM = ("zK", "z0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,9 +61,10 @@ def component_log_probs(z, mu_k, logvar_k):
     return log_normal(z[:, None], mu_k[None], logvar_k[None])
 
 
-def log_mixture(z, mu_k, logvar_k):
-    """log 1/K sum_k N(z; mu_k, diag exp(logvar_k)): (B, D), (K, D), (K, D) -> (B,), in nats."""
-    return torch.logsumexp(component_log_probs(z, mu_k, logvar_k), dim=1) - math.log(len(mu_k))
+def log_mixture(z, mu_k, logvar_k, log_w=None):
+    """log sum_k w_k N(z; mu_k, diag exp(logvar_k)): (B, D), (K, D), (K, D), (K,) -> (B,), in nats; without log_w, w = 1/K."""
+    log_w = -math.log(len(mu_k)) if log_w is None else log_w
+    return torch.logsumexp(component_log_probs(z, mu_k, logvar_k) + log_w, dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,6 +395,8 @@ class CrossFlowVampVAE(nn.Module):
                 pushed:   the mixture lives at z0 and is carried along: log p(zK) = log p0(z0) - log|det|, so that the
                           log-determinants cancel and the KL is that of the model with no flow.
     flow_context  encoder: the flow also attends to the encoder's feature map (amortised flow).
+    decode_from  zK: the decoder sees what the flow makes. z0: it sees z0, and the flow is part of the prior alone,
+                 p(z0) = p(f(z0)) |det df/dz0|, which sampling inverts. The KL is the same expression in both.
     """
 
     def __init__(self,
@@ -410,6 +415,9 @@ class CrossFlowVampVAE(nn.Module):
                  flow_mlp_ratio=4,
                  flow_prior="unflowed",             # unflowed | pushed
                  flow_context="none",               # none | encoder
+                 decode_from="zK",                  # zK | z0
+                 mixture_weights="uniform",         # uniform | learned, of the vamp and mog priors
+                 posterior_std=0.0,                 # sigma of q(z0|x) and so of vamp's components, 0 = the encoder's
                  scale_bound=2.0,                   # bound of the flow's log-scales
                  logvar_clamp=(-10.0, 10.0),        # of q(z0|x) and so of the prior's components
                  perm_seed=0):                      # of the flow's fixed permutations
@@ -426,19 +434,26 @@ class CrossFlowVampVAE(nn.Module):
             raise ValueError(f"latent_dim must be 1 or more, blocks_per_stage and flow_length 0 or more, not "
                              f"{latent_dim}, {blocks_per_stage}, {flow_length}")
         for name, value, choices in (("prior", prior, PRIORS), ("flow_prior", flow_prior, FLOW_PRIORS),
-                                     ("flow_context", flow_context, FLOW_CONTEXTS)):
+                                     ("flow_context", flow_context, FLOW_CONTEXTS), ("decode_from", decode_from, DECODE_FROM),
+                                     ("mixture_weights", mixture_weights, MIXTURE_WEIGHTS)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if prior != "standard" and num_components < 1:
             raise ValueError(f"num_components must be at least 1, not {num_components}")
         if flow_prior == "pushed" and flow_context == "encoder":
             raise ValueError("flow_prior 'pushed' needs one flow for all images, flow_context 'encoder' gives each its own")
+        if decode_from == "z0" and (flow_prior == "pushed" or flow_context == "encoder"):
+            raise ValueError("decode_from 'z0' needs a flow that is the prior's own: no flow_prior 'pushed', which would leave "
+                             "it idle, and no flow_context 'encoder', without which a sample could not be inverted")
+        if not 0 <= posterior_std < math.inf:
+            raise ValueError(f"posterior_std must be 0 (learned) or positive, not {posterior_std}")
         if len(logvar_clamp) != 2 or not logvar_clamp[0] < logvar_clamp[1]:
             raise ValueError(f"logvar_clamp must be two ascending numbers, not {logvar_clamp}")
 
         self.in_channels, self.img_size, self.latent_dim = in_channels, img_size, latent_dim
         self.num_components = 1 if prior == "standard" else num_components
         self.prior, self.flow_prior, self.flow_context = prior, flow_prior, flow_context
+        self.decode_from, self.posterior_std = decode_from, posterior_std
         self.logvar_clamp = tuple(logvar_clamp)
         self.encoder = Encoder(in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage)
         self.flow, self.context_position = None, None
@@ -455,6 +470,8 @@ class CrossFlowVampVAE(nn.Module):
         elif prior == "mog":
             self.prior_mu = nn.Parameter(torch.randn(num_components, latent_dim))
             self.prior_logvar = nn.Parameter(torch.zeros(num_components, latent_dim))
+        learned = mixture_weights == "learned" and prior != "standard"
+        self.prior_logits = nn.Parameter(torch.zeros(num_components)) if learned else None
 
     # -- prior ------------------------------------------------------------------------------------------------------
 
@@ -497,20 +514,32 @@ class CrossFlowVampVAE(nn.Module):
         zeros = self.decoder.stem[0].weight.new_zeros(1, self.latent_dim)
         return zeros, zeros
 
+    def log_weights(self):
+        """log w_k of the prior's components, (K,)."""
+        if self.prior_logits is None:
+            return self.decoder.stem[0].weight.new_full((self.num_components,), -math.log(self.num_components))
+        return torch.log_softmax(full_precision(self.prior_logits), 0)
+
     def log_prior(self, zK):
         """log p(zK) in nats: (B, D) -> (B,)."""
         mu_k, logvar_k = self.prior_params()
         if self.flow is not None and self.flow_prior == "pushed":
             z0, inverse_log_det = self.flow.inverse(zK)
-            return log_mixture(z0, mu_k, logvar_k) + inverse_log_det
-        return log_mixture(zK, mu_k, logvar_k)
+            return log_mixture(z0, mu_k, logvar_k, self.log_weights()) + inverse_log_det
+        return log_mixture(zK, mu_k, logvar_k, self.log_weights())
 
     # -- posterior --------------------------------------------------------------------------------------------------
 
     def encode(self, x):
         """x (B, C, H, W) in [-1, 1] -> mu, logvar of q(z0|x), (B, D) each."""
         mu, logvar, _ = self.encoder(x)
-        return mu, logvar.clamp(*self.logvar_clamp)
+        return mu, self.bound(logvar)
+
+    def bound(self, logvar):
+        """The encoder's log-variance as it is used everywhere: clamped, or replaced by posterior_std."""
+        if self.posterior_std:
+            return torch.full_like(logvar, 2 * math.log(self.posterior_std))
+        return logvar.clamp(*self.logvar_clamp)
 
     def context(self, features):
         """The amortised flow's context tokens (B, S, F) of an encoder feature map (B, F, h, w); None if not amortised."""
@@ -525,11 +554,30 @@ class CrossFlowVampVAE(nn.Module):
     def posterior(self, x):
         """x (B, C, H, W) -> mu, logvar of q(z0|x), (B, D) each, and the flow's context or None."""
         mu, logvar, features = self.encoder(x)
-        return mu, logvar.clamp(*self.logvar_clamp), self.context(features)
+        return mu, self.bound(logvar), self.context(features)
 
-    def decode(self, zK):
-        """zK (B, D) -> image (B, C, H, W) in [-1, 1]."""
-        return self.decoder(zK)
+    def decode(self, z):
+        """The decoder's latent (B, D), zK unless decode_from is z0, -> image (B, C, H, W) in [-1, 1]."""
+        return self.decoder(z)
+
+    def seen_by_decoder(self, z0, zK):
+        """The one of the two, (B, D) each, that the decoder takes."""
+        return zK if self.decode_from == "zK" else z0
+
+    def decoder_latent(self, zK):
+        """What the decoder takes of zK (B, D): itself, or z0 = f^-1(zK) (B, D)."""
+        return zK if self.flow is None or self.decode_from == "zK" else self.flow.inverse(zK)[0]
+
+    def from_mixture(self, z):
+        """What the decoder takes of a draw of the mixture (B, D), wherever the mixture lives: (B, D)."""
+        return self.apply_flow(z)[0] if self.flow_prior == "pushed" else self.decoder_latent(z)
+
+    @torch.no_grad()
+    def reconstruct(self, x, eps=None):
+        """x (B, C, H, W) in [-1, 1] -> its reconstruction, at the posterior's mean, or at mu + sigma eps for eps (B, D)."""
+        mu, logvar, context = self.posterior(x)
+        z0 = mu if eps is None else mu + torch.exp(0.5 * logvar) * eps
+        return self.decode(self.seen_by_decoder(z0, self.apply_flow(z0, context)[0]))
 
     def forward(self, x, eps=None, prior=None):
         """x (B, C, H, W) in [-1, 1] -> VAEOutput.
@@ -541,7 +589,7 @@ class CrossFlowVampVAE(nn.Module):
         B = len(x)
         if prior is None and self.prior == "vamp":
             mu, logvar, features = self.encoder(torch.cat([x, self.pseudo_inputs]))              # (B + K, ...)
-            logvar = logvar.clamp(*self.logvar_clamp)
+            logvar = self.bound(logvar)
             (mu, mu_k), (logvar, logvar_k) = mu.split([B, len(mu) - B]), logvar.split([B, len(mu) - B])
             context = self.context(features[:B])
         else:
@@ -549,7 +597,7 @@ class CrossFlowVampVAE(nn.Module):
             mu_k, logvar_k = self._free_prior_params() if prior is None else prior
         z0 = mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if eps is None else eps)       # (B, D)
         zK, log_det = self.apply_flow(z0, context)
-        return VAEOutput(self.decode(zK), mu, logvar, z0, zK, log_det, mu_k, logvar_k)
+        return VAEOutput(self.decode(self.seen_by_decoder(z0, zK)), mu, logvar, z0, zK, log_det, mu_k, logvar_k)
 
     def mixture_latent(self, out):
         """The latent at which the mixture lives: zK, or z0 where the prior is pushed through the flow. (B, D)"""
@@ -558,25 +606,34 @@ class CrossFlowVampVAE(nn.Module):
     def kl_terms(self, out):
         """The one-sample KL of a VAEOutput and its parts, in nats per image: KLTerms of (B,)."""
         log_q0 = log_normal(out.z0, out.mu, out.logvar)
-        log_p = log_mixture(self.mixture_latent(out), out.mu_k, out.logvar_k)
+        log_p = log_mixture(self.mixture_latent(out), out.mu_k, out.logvar_k, self.log_weights())
         if self.flow_prior == "pushed":
             log_p = log_p - out.log_det
         return KLTerms(log_q0 - out.log_det - log_p, log_q0, out.log_det, log_p)
 
+    def responsibilities(self, out):
+        """p(k | z) of the prior's components for a VAEOutput: (B, K)."""
+        log_joint = component_log_probs(self.mixture_latent(out), out.mu_k, out.logvar_k) + self.log_weights()
+        return torch.softmax(log_joint, 1)
+
     # -- generation -------------------------------------------------------------------------------------------------
 
     def sample_latents(self, n, temperature=1.0, generator=None, prior=None):
-        """n draws of zK from the prior: k uniform, N(mu_k, (temperature sigma_k)^2) -> (n, D).
+        """n draws from the prior, k by its weights, N(mu_k, (temperature sigma_k)^2), as what the decoder takes -> (n, D).
 
         Drawn on the generator's device (the CPU without one), so that a seed gives the same latents on any device.
         prior, (mu_k, logvar_k) from prior_params(), spares encoding the pseudo-inputs again.
         """
         mu_k, logvar_k = self.prior_params() if prior is None else prior
         device = generator.device if generator is not None else "cpu"
-        k = torch.randint(len(mu_k), (n,), generator=generator, device=device).to(mu_k.device)
+        if self.prior_logits is None:
+            k = torch.randint(len(mu_k), (n,), generator=generator, device=device).to(mu_k.device)
+        else:
+            weights = self.log_weights().exp().to(device)
+            k = torch.multinomial(weights, n, replacement=True, generator=generator).to(mu_k.device)
         eps = torch.randn(n, self.latent_dim, generator=generator, device=device).to(mu_k)
         z = mu_k[k] + temperature * torch.exp(0.5 * logvar_k[k]) * eps
-        return self.apply_flow(z)[0] if self.flow_prior == "pushed" else z
+        return self.from_mixture(z)
 
     @torch.no_grad()
     def sample(self, n, temperature=1.0, generator=None):

@@ -52,7 +52,7 @@ def test_mixture_in_float32_is_within_a_thousandth_of_a_nat_at_the_smallest_sigm
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(flow_prior="pushed"), dict(prior="mog"), dict(prior="standard"),
-                                    dict(flow_length=0), dict(flow_context="encoder")])
+                                    dict(flow_length=0), dict(flow_context="encoder"), dict(mixture_weights="learned")])
 def test_log_prior_is_a_density_and_the_one_kl_uses(kwargs):
     model = make(latent_dim=4, **kwargs)
     with torch.no_grad():
@@ -69,10 +69,55 @@ def test_log_prior_is_a_density_and_the_one_kl_uses(kwargs):
     assert weights.std() / len(z) ** 0.5 < 0.05
 
 
+def test_prior_with_a_flow_of_its_own_is_a_density_of_z0():
+    model = make(latent_dim=4, decode_from="z0", mixture_weights="learned")
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        samples = model.sample_latents(2000, generator=generator)
+        mean, std = samples.mean(0), 1.5 * samples.std(0)
+        z0 = mean + std * torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
+        zK, log_det = model.flow(z0)
+        weights = (model.log_prior(zK) + log_det - log_normal(z0, mean, 2 * std.log())).exp()
+        assert abs(weights.mean() - 1) < 5 * weights.std() / len(z0) ** 0.5 + 1e-3
+        assert weights.std() / len(z0) ** 0.5 < 0.05
+        # And the samples are of it: their image under the flow is a draw of the mixture.
+        mu_k, logvar_k = model.prior_params()
+        drawn = model.flow(samples)[0]
+        expected = (model.log_weights().exp()[:, None] * mu_k).sum(0)
+        assert torch.allclose(drawn.mean(0), expected, atol=5 * drawn.std(0).max().item() / 2000 ** 0.5)
+        x = images()
+        out = model(x)
+        assert torch.allclose(out.recon, model.decode(out.z0)) and not torch.allclose(out.recon, model.decode(out.zK))
+        assert torch.allclose(model.reconstruct(x), model.decode(model.encode(x)[0]))
+        assert torch.allclose(model.decoder_latent(out.zK), out.z0, atol=1e-9)
+
+
+def test_components_are_drawn_by_their_learned_weights():
+    model = make(mixture_weights="learned", prior="mog", num_components=3, flow_length=0)
+    with torch.no_grad():
+        model.prior_logits.copy_(torch.tensor([0.0, math.log(3), math.log(6)]))
+        model.prior_mu.copy_(torch.tensor([-10.0, 0.0, 10.0])[:, None].expand(3, 8))
+        model.prior_logvar.fill_(-6)
+        z = model.sample_latents(5000, generator=torch.Generator().manual_seed(0))[:, 0]
+        shares = torch.stack([(z < -5).double().mean(), (z.abs() < 5).double().mean(), (z > 5).double().mean()])
+        assert torch.allclose(shares, torch.tensor([0.1, 0.3, 0.6]).double(), atol=0.03)
+        out = model(images())
+        joint = component_log_probs(out.z0, *model.prior_params()) + torch.tensor([0.1, 0.3, 0.6]).double().log()
+        assert torch.allclose(model.responsibilities(out), torch.softmax(joint, 1))
+
+
+def test_fixed_posterior_width_is_everyones():
+    model = make(posterior_std=0.2)
+    with torch.no_grad():
+        for logvar in (model.encode(images())[1], model.prior_params()[1], model(images()).logvar, model(images()).logvar_k):
+            assert torch.allclose(logvar, torch.full_like(logvar, 2 * math.log(0.2)))
+
+
 # -- the KL -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kwargs", [dict(prior="standard", flow_length=0), dict(prior="standard"), {}, dict(prior="mog"),
-                                    dict(flow_prior="pushed"), dict(flow_context="encoder")])
+                                    dict(flow_prior="pushed"), dict(flow_context="encoder"),
+                                    dict(mixture_weights="learned", decode_from="z0"), dict(posterior_std=0.3)])
 def test_kl_equals_a_long_monte_carlo_average(kwargs):
     """Against log q(zK|x) built independently: the base normal in torch.distributions, the autograd Jacobian of the
     flow, and the prior by torch.distributions."""
@@ -84,8 +129,8 @@ def test_kl_equals_a_long_monte_carlo_average(kwargs):
         eps = torch.randn(n, 8, generator=generator, dtype=torch.float64)
         kl = model.kl_terms(model(x.expand(n, -1, -1, -1), eps, (mu_k, logvar_k))).kl
         mu, logvar, context = model.posterior(x)
-    prior = D.MixtureSameFamily(D.Categorical(torch.ones(len(mu_k)).double()),
-                                D.Independent(D.Normal(mu_k, (logvar_k / 2).exp()), 1))
+    w_k = torch.ones(len(mu_k)).double() if model.prior_logits is None else model.prior_logits.detach().exp()
+    prior = D.MixtureSameFamily(D.Categorical(w_k), D.Independent(D.Normal(mu_k, (logvar_k / 2).exp()), 1))
     base = D.Independent(D.Normal(mu, (logvar / 2).exp()), 1)
     z0 = base.sample((100,))[:, 0]
     values = []

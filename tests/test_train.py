@@ -147,6 +147,8 @@ def test_overfits_eight_images(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("variant", [
     ["--prior", "mog"], ["--prior", "standard", "--flow_length", "0"], ["--flow_prior", "pushed"],
+    ["--decode_from", "z0", "--mixture_weights", "learned", "--balance", "1"],
+    ["--posterior_std", "0.1", "--prior", "standard"],
     ["--flow_context", "encoder"], ["--pseudo_init", "noise", "--num_components", "1"], ["--num_components", "60"],
     ["--ema_decay", "0", "--recon_loss", "mse", "--in_channels", "1", "--no-flip"], ["--cache_gb", "0", "--num_workers", "1"],
     ["--batch_size", "1", "--stop_epoch", "1"], ["--latent_dim", "2"], ["--amp", "bf16"], ["--batch_size", "1000"],
@@ -414,16 +416,30 @@ def test_free_bits_floor_acts_on_the_mean(data, monkeypatch, tmp_path):
     assert all(float(r["floor_share"]) == 1 and float(r["kl_optim"]) == 0 for r in history(tmp_path / "results/b"))
 
 
+def test_balance_is_the_entropy_missing_from_the_usage():
+    args = train.parse_args(["--balance", "2", "--free_bits", "0", "--lpips_net", "none"])[0]
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    usage = torch.softmax(logits, 1).mean(0)
+    parts = dict.fromkeys(("pixel", "LPIPS", "KL_Raw", "log_q0", "log_det", "log_p"), torch.zeros((), dtype=torch.float64))
+    terms = train.objective(args, parts, usage, 0.2)
+    expected = np.log(4) - torch.distributions.Categorical(usage).entropy()
+    assert terms["balance"].item() == pytest.approx(expected.item()) and terms["loss"].item() == pytest.approx(
+        2 * expected.item())
+    ours, = torch.autograd.grad(terms["loss"], logits, retain_graph=True)
+    theirs, = torch.autograd.grad(2 * expected, logits)
+    assert torch.allclose(ours, theirs, atol=1e-12) and ours.abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("term", ["pixel", "log_det"])
 def test_nan_names_the_term_and_keeps_the_good_checkpoint(term, data, monkeypatch, tmp_path):
     parts = train.loss_parts
 
     def poisoned(args, model, lpips, x, out):
-        result = parts(args, model, lpips, x, out)
+        result, usage = parts(args, model, lpips, x, out)
         if model.training and poisoned.calls == 7:
             result[term] = result[term] * float("nan")
         poisoned.calls += model.training
-        return result
+        return result, usage
 
     poisoned.calls = 0
     monkeypatch.setattr(train, "loss_parts", poisoned)
@@ -536,10 +552,10 @@ def test_spike_is_skipped_and_counted(data, monkeypatch, tmp_path):
     parts, step, before, moved = train.loss_parts, train.train_step, [], []
 
     def spiked(args, model, lpips, x, out):
-        result = parts(args, model, lpips, x, out)
+        result, usage = parts(args, model, lpips, x, out)
         if model.training and len(moved) in (3, 4):
             result["pixel"] = result["pixel"] * (1e6 if len(moved) == 3 else 1e30)     # the second overflows the norm
-        return result
+        return result, usage
 
     def watched(trainer, *rest):
         old = [p.detach().clone() for p in trainer.parameters]
