@@ -125,6 +125,9 @@ def build_parser():
     group.add_argument("--val_images", type=int, default=0, help="held-out images used for validation, 0 = all")
 
     group = parser.add_argument_group("model")
+    group.add_argument("--fit_prior", metavar="PATH", default=None,
+                       help="a second stage: encoder and decoder of this checkpoint, frozen; the mixture and a flow of the "
+                            "prior's own are fitted to its posteriors")
     group.add_argument("--latent_dim", type=int, default=128, help="D")
     group.add_argument("--hidden_dims", type=int, nargs="+", default=[64, 128, 256, 512], help="channels of each stage")
     group.add_argument("--blocks_per_stage", type=int, default=1, help="ResBlocks at each stage")
@@ -224,6 +227,8 @@ def check_flags(args, given):
     senseless = [
         (args.flow_length == 0 and args.flow_prior == "pushed", "--flow_prior pushed with --flow_length 0: no flow to push"),
         (args.flow_length == 0 and args.flow_context == "encoder", "--flow_context encoder with --flow_length 0: no flow"),
+        (args.fit_prior and args.prior == "standard" and args.flow_length == 0, "--fit_prior: nothing to fit in a standard "
+         "prior without a flow"),
         (args.flow_length == 0 and args.decode_from == "z0", "--decode_from z0 with --flow_length 0: zK is z0 there"),
         (args.prior == "standard" and args.mixture_weights == "learned", "--mixture_weights with --prior standard: no mixture"),
         (args.prior == "standard" and args.balance > 0, "--balance with --prior standard: no mixture"),
@@ -282,6 +287,28 @@ def resolve_resume(args, given):
         if Path(args.save_dir, args.exp_name).absolute() != source:
             require_empty(Path(args.save_dir, args.exp_name), "--overwrite replaces it, ")
     return checkpoint, path
+
+
+SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "posterior_std",
+                           "logvar_clamp")
+
+
+def read_first_stage(args, given):
+    """--fit_prior: the weights to start from, the flags brought into line with them. Ex-post density estimation: Dai &
+    Wipf 2019 (arXiv 1903.05789), Ghosh et al. 2020 (1903.12436)."""
+    checkpoint = read_checkpoint(args.fit_prior)
+    first = checkpoint["model_args"]
+    if first["flow_length"] and first["decode_from"] == "zK":
+        raise UserError(f"--fit_prior {args.fit_prior}: its decoder takes what its flow makes; the first stage needs "
+                        f"--flow_length 0 or --decode_from z0")
+    for name in SHARED_WITH_FIRST_STAGE:
+        if name in given and getattr(args, name) != first[name]:
+            raise UserError(f"--{name} {getattr(args, name)}: --fit_prior {args.fit_prior} has {first[name]}")
+        setattr(args, name, first[name])
+    if args.flow_length:
+        args.decode_from = "z0"
+    weights = checkpoint["ema"] or checkpoint["model"]
+    return {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,8 +375,9 @@ def objective(args, parts, usage, beta):
 def weight_groups(model, weight_decay):
     """AdamW groups: decay on the matrices of linear and convolution layers; biases, norms, tokens and priors without."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    decayed = [p for p in model.parameters() if id(p) in matrices]
-    free = [p for p in model.parameters() if id(p) not in matrices]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if id(p) in matrices]
+    free = [p for p in trained if id(p) not in matrices]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -388,8 +416,8 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
         # Walking through the modules at every step would cost a GPU more than the update itself.
-        self.parameters = list(model.parameters())
-        self.averages = list(self.ema.parameters()) if self.ema else []
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averages = [a for a, p in zip(self.ema.parameters(), model.parameters()) if p.requires_grad] if self.ema else []
         self.sums = torch.zeros(len(TERMS), device=self.device)         # of this epoch's steps so far, all processes
         self.unread = torch.zeros(len(TERMS), device=self.device)       # of this process's steps since the last read()
         self.first_bad = torch.zeros(len(TERMS), device=self.device)    # step (from 1) at which a term was not finite
@@ -826,6 +854,7 @@ def train(stack):
     checkpoint, resumed_from = resolve_resume(args, given)
     if args.flip is None:
         args.flip = args.dataset != "digits"
+    first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
     args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
     args.eval_batch_size = args.eval_batch_size or max(1, min(500, 500 * 32 ** 2 // max(args.img_size, 1) ** 2))
     check_flags(args, given)
@@ -864,6 +893,11 @@ def train(stack):
 
     # -- model, optimiser, position -------------------------------------------------------------------------------
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    if first_stage:
+        model.load_state_dict(first_stage, strict=False)
+    if args.fit_prior:
+        model.encoder.requires_grad_(False)
+        model.decoder.requires_grad_(False)
     start_prior(args, model, data)
     trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint)
     if checkpoint is not None:

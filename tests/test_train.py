@@ -546,6 +546,45 @@ def test_error_reaches_the_shell_as_one_line_and_code_2(data, tmp_path):
     assert done.returncode == 2 and "sideways" in done.stderr
 
 
+# -- the second stage ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prior", [["--prior", "vamp"], ["--prior", "standard"], ["--prior", "mog", "--flow_length", 0]])
+def test_second_stage_fits_the_prior_and_nothing_else(prior, data, monkeypatch, tmp_path):
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--warmup_epochs", 0, "--lr", 3e-3, "--beta_max", 1,
+             "--free_bits", 0]
+    main(monkeypatch, tmp_path, *flags, "--epochs", 2, "--flow_length", 0, "--exp_name", "first")
+    first = tmp_path / "results/first/last.pth"
+    second = [*flags, *prior, "--epochs", 8, "--exp_name", "second"]
+    main(monkeypatch, tmp_path, *second, "--fit_prior", first, "--stop_epoch", 4)
+    main(monkeypatch, tmp_path, "--exp_name", "second", "--resume", "auto")
+    before, after = weights(first)["ema"], weights(tmp_path / "results/second/last.pth")
+    for which in ("model", "ema"):
+        for name, value in before.items():
+            if name.startswith(("encoder.", "decoder.")):
+                assert torch.equal(value, after[which][name]), name
+    rows = history(tmp_path / "results/second")
+    assert len(rows) == 8 and len({row["val_recon"] for row in rows}) == 1       # the decoder sees the same latents throughout
+    assert float(rows[-1]["val_kl_raw"]) < float(rows[0]["val_kl_raw"])
+    model, _ = load_model(tmp_path / "results/second/last.pth", "cpu")
+    assert model.sample(3, generator=torch.Generator().manual_seed(0)).isfinite().all()
+
+
+def test_second_stage_refuses_what_it_cannot_continue(data, monkeypatch, tmp_path):
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1]
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "first")
+    first = tmp_path / "results/first/last.pth"
+    with pytest.raises(UserError, match="its decoder takes what its flow makes"):
+        main(monkeypatch, tmp_path, *flags, "--exp_name", "second", "--fit_prior", first)
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "other", "--decode_from", "z0")
+    other = tmp_path / "results/other/last.pth"
+    with pytest.raises(UserError, match="--latent_dim 8: --fit_prior .* has 4"):
+        main(monkeypatch, tmp_path, *flags, "--exp_name", "second", "--fit_prior", other, "--latent_dim", 8)
+    with pytest.raises(UserError, match="nothing to fit"):
+        main(monkeypatch, tmp_path, *flags, "--exp_name", "second", "--fit_prior", other, "--prior", "standard",
+             "--flow_length", 0)
+    assert not (tmp_path / "results/second").exists()
+
+
 # -- spikes, extremes, determinism --------------------------------------------------------------------------------------
 
 def test_spike_is_skipped_and_counted(data, monkeypatch, tmp_path):
