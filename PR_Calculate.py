@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from utils import (
     MANIFEST,
+    FlagParser,
     InceptionFeatures,
     UserError,
     add_device_flag,
@@ -490,10 +491,10 @@ def manifold_metrics(real, fake, k=3, k_density=5, device="cpu", chunk=None, pro
 def check_neighbours(k, k_density, N, M):
     for name, value, points in (("k", k, {"real": N, "fake": M}), ("nearest_k", k_density, {"real": N})):
         if value < 1:
-            raise UserError(f"{name} = {value}: must be at least 1")
+            raise UserError(f"--{name} {value}: must be at least 1")
         for which, n in points.items():
             if value >= n:
-                raise UserError(f"{name} = {value} needs at least {value + 1} {which} images, there are {n}")
+                raise UserError(f"--{name} {value}: needs at least {value + 1} {which} images, there are {n}")
 
 
 def _compare(real, fake, r_k, r_kd, s_k, k_density, chunk, work, bar):
@@ -630,8 +631,9 @@ class VGG16Features:
         return self.model((x - self.mean) / self.std).float().cpu()
 
 
-# What a folder holds: readable files, a hash of each one's pixels, the common size, the number of corrupt files left out.
-Survey = namedtuple("Survey", "folder paths digests size skipped")
+# What a folder holds: readable files, a hash of each one's pixels, the common size, the number of corrupt files left out,
+# the manifest of its export (checkpoint, weights, split) if it has one.
+Survey = namedtuple("Survey", "folder paths digests size skipped manifest")
 
 
 def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progress=False):
@@ -641,6 +643,8 @@ def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progre
     be read (skip_corrupt: it is left out and counted) or differs in size.
     """
     paths = list_images(folder, flag)
+    manifest = Path(folder) / MANIFEST
+    manifest = read_json(manifest) if manifest.is_file() else None
     if 0 < num_images < len(paths):
         chosen = np.random.default_rng(seed).permutation(len(paths))[:num_images]
         paths = [paths[i] for i in sorted(chosen)]
@@ -668,7 +672,7 @@ def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progre
         if shape != size:
             raise UserError(f"{path}: {shape[1]}x{shape[0]} pixels, but {good[0][0]} has {size[1]}x{size[0]}; "
                             f"images of one folder must have one size here")
-    return Survey(str(folder), [g[0] for g in good], [g[2] for g in good], size, len(found) - len(good))
+    return Survey(str(folder), [g[0] for g in good], [g[2] for g in good], size, len(found) - len(good), manifest)
 
 
 def folder_features(extractor, surveys, batch_size, cache=None, progress=False):
@@ -726,7 +730,7 @@ def _read_features(file, shape):
 # Command line
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser = FlagParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter)
     group = parser.add_argument_group("images")
     group.add_argument("--real_dir", required=True, help="folder of real images")
     group.add_argument("--fake_dir", required=True, help="folder of generated images")
@@ -772,8 +776,7 @@ def parse_args(argv=None):
 
 
 def describe_folder(survey, num_images):
-    """What the protocol says of one side, with the manifest of its export (checkpoint, weights, split) if it has one."""
-    manifest = Path(survey.folder) / MANIFEST
+    """What the protocol says of one side."""
     return {
         "folder": survey.folder,
         "images": len(survey.paths),
@@ -781,7 +784,7 @@ def describe_folder(survey, num_images):
         "corrupt_left_out": survey.skipped,
         "size": f"{survey.size[1]}x{survey.size[0]}",
         "choice": f"random {num_images} by the seed" if num_images else "all",
-        "manifest": read_json(manifest) if manifest.is_file() else None,
+        "manifest": survey.manifest,
     }
 
 
@@ -845,10 +848,10 @@ def main():
     args = parse_args()
     progress = sys.stderr.isatty()                            # bars are for eyes, not for log files
     device = pick_device(args.device)
-    if args.out:
+    if args.out is not None:
         out = Path(args.out)
         if out.is_dir():
-            raise UserError(f"--out {out}: is a folder; name a file")
+            raise UserError(f"--out {args.out!r}: is a folder; name a file")
         writable_folder(out.parent, "--out")
     if args.feature_cache:
         writable_folder(args.feature_cache, "--feature_cache")
@@ -877,7 +880,7 @@ def main():
     tag = args.tag or Path(args.fake_dir).resolve().name
     show(tag, metrics, protocol)
     print(f"  time      {time.perf_counter() - start:.1f} s on {device}")
-    if args.out:
+    if args.out is not None:
         write_json(args.out, {"tag": tag, "metrics": metrics, "protocol": protocol})
         print(f"  written   {args.out}")
 

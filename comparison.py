@@ -41,7 +41,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
 from tqdm import tqdm
 
-from utils import UserError, atomic_write_all, cpu_count, run, sha256_file, writable_folder
+from utils import FlagParser, UserError, atomic_write_all, cpu_count, run, sha256_file, writable_folder
 
 REFERENCE = "real"
 REQUIRED = ("lap_var", "tenengrad", "hf_ratio")
@@ -217,7 +217,7 @@ def read_cache(path):
     columns = {}
     for m in (m for m in METRICS if m in table):
         values = pd.to_numeric(table[m], errors="coerce").to_numpy(float)
-        top = 1 + 1e-9 if m.startswith("hf_") else math.inf
+        top = 1 + 1e-9 if m.startswith("hf_") else 1e12         # far above any unit of grey levels; squares stay finite
         bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0) & (values <= top)))
         if len(bad):
             cell = str(table[m].iloc[bad[0]])
@@ -229,14 +229,16 @@ def read_cache(path):
 def read_protocol(path):
     """The fingerprint beside a cache -> (dict or None, warning or None)."""
     fingerprint = path.with_suffix(".json")
+    if not fingerprint.exists():
+        return None, None                                       # an older cache
     try:
         record = json.loads(fingerprint.read_text(encoding="utf-8"))
         if record["cache_sha256"] != sha256_file(path):
             return None, f"{path.name} has been edited since csv_analysis.py wrote it; its protocol is unknown"
         return {"definitions": dict(record["definitions"]), "sizes": dict(record["sizes"]),
                 "skipped": len(record["skipped"]), "folder": str(record["folder"])}, None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None                                       # an older cache: it has none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None, f"{fingerprint.name} is damaged; the protocol of {path.name} is unknown"
 
 
 def order_names(names, wanted):
@@ -255,7 +257,7 @@ def read_evaluations(folder):
         prefixed = re.match(r"(evaluation|pr)_", path.stem)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
+        except (ValueError, OSError, RecursionError):
             if prefixed:
                 warnings.append(f"{path.name} cannot be read as JSON and is left out")
             continue
@@ -678,7 +680,7 @@ def parse_args(argv=None):
         parse.__name__ = kind.__name__
         return parse
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data")
     group.add_argument("--cache_dir", default="./results/single_image_quality",
                        help="folder of the caches and evaluation JSONs (default: %(default)s)")

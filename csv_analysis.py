@@ -36,6 +36,7 @@ from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
 from utils import (
+    FlagParser,
     UserError,
     atomic_write,
     atomic_write_all,
@@ -353,7 +354,7 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data")
     group.add_argument("--gen", required=True, help="folder of images, searched to any depth")
     group.add_argument("--out_dir", default="./results/single_image_quality",

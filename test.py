@@ -64,6 +64,7 @@ from utils import (
     LOCK,
     MANIFEST,
     TEMPORARY,
+    FlagParser,
     InceptionFeatures,
     LatentHealth,
     UserError,
@@ -102,7 +103,7 @@ QUALITY_DIR = "single_image_quality"                            # below save_dir
 # Command line
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("checkpoint and places")
     group.add_argument("--resume", required=True, metavar="PATH",
                        help="the checkpoint: best_fid.pth or last.pth of a run")

@@ -32,7 +32,7 @@ except ImportError:                                       # Windows
     fcntl = None
 
 __all__ = [
-    "UserError", "run", "true_false", "add_data_flags", "add_device_flag",
+    "UserError", "run", "FlagParser", "true_false", "add_data_flags", "add_device_flag",
     "pick_device", "seeded", "cpu_count",
     "atomic_write", "atomic_write_all", "write_json", "read_json", "sha256_file", "writable_folder",
     "LOCK", "TEMPORARY", "lock_folder",
@@ -57,6 +57,9 @@ ERRNO_HINTS = {
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
     errno.EACCES: "permission denied; check the owner and mode, or choose another folder",
     errno.EPERM: "permission denied; check the owner and mode, or choose another folder",
+    errno.EEXIST: "a file of that name is in the way; move it away or choose another name",
+    errno.ENOTDIR: "a part of that path is a file, not a folder",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.EISDIR: "it is a folder, not a file; move it away or choose another name",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOENT: "it does not exist (was it deleted while the program ran?)",
@@ -80,6 +83,13 @@ def run(main):
         return
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line, without the usage."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def true_false(text):
@@ -218,7 +228,7 @@ def read_json(path):
     """The dict in a JSON file. Raises UserError if it is damaged or something else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged, not readable as JSON; delete it and run again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not the JSON object expected here")
@@ -649,6 +659,8 @@ def read_checkpoint(path, device="cpu"):
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of train.py (no {', '.join(missing)})")
+    if not isinstance(checkpoint["args"], dict) or not isinstance(checkpoint["model_args"], dict):
+        raise UserError(f"{path}: not a checkpoint of train.py (args and model_args must be dicts)")
     return checkpoint
 
 
@@ -666,6 +678,8 @@ def load_model(checkpoint_path, device, weights="ema"):
         model.load_state_dict(state, strict=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{checkpoint_path}: its weights and model_args do not fit this code ({str(e)[:200]})") from None
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise UserError(f"{checkpoint_path}: its weights are not finite, the training diverged; use an earlier checkpoint")
     return model.eval(), checkpoint
 
 

@@ -173,6 +173,7 @@ def test_order_names():
     ("lap_var,tenengrad,hf_ratio\n1,,0.5\n", "row 1, column tenengrad"),
     ("lap_var,tenengrad,hf_ratio\nnan,1,0.5\n", "row 1, column lap_var"),
     ("lap_var,tenengrad,hf_ratio\ninf,1,0.5\n", "row 1, column lap_var"),
+    ("lap_var,tenengrad,hf_ratio\n1e308,1,0.5\n", "'1e308'"),
     ("lap_var,tenengrad,hf_ratio\n-1,1,0.5\n", "'-1'"), ("lap_var,tenengrad,hf_ratio\n1,1,1.5\n", "'1.5'"),
     ("lap_var,tenengrad,hf_ratio,hf_ratio_ac\n1,1,0.5,-\n", "hf_ratio_ac"), ("\0\0\0", "column"),
 ])
@@ -207,6 +208,7 @@ def test_bad_folders_are_one_line_and_exit_code_2(tmp_path, script, case):
 def test_flags_out_of_range_are_refused(tmp_path, script, flags):
     code, _, stderr = script("--cache_dir", write_caches(tmp_path / "in", real=sample(5)), "--out_dir",
                              tmp_path / "out", *flags)
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert code == 2 and flags[0] in stderr and not (tmp_path / "out").exists()
 
 
@@ -304,8 +306,10 @@ def test_command_writes_report_tables_and_figures(tmp_path):
                            "--model_order", "VAE,nix,CrossVampVAE,real", "--dpi", "60", "--pdf"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("warning: --model_order names nix") and done.stderr.count("\n") == 1
-    assert all(name in done.stderr for name in tables)
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == 2 and warnings[0].startswith("warning: --model_order names nix")
+    assert all(name in warnings[0] for name in tables)
+    assert warnings[1] == "warning: cache_VAE.json is damaged; the protocol of cache_VAE.csv is unknown"
 
     figures = [f"{kind}_{metric}" for metric in METRICS for kind in ("box", "violin", "difference")]
     assert sorted(os.listdir(out)) == sorted(["report.html", "summary.csv", "summary.md", "evaluation.csv",
@@ -388,7 +392,7 @@ def test_evaluations_with_different_protocols_are_not_comparable(tmp_path):
         write_evaluation(tmp_path, "pr_b.json", {"fid": 2}, {**same, **change})
         write_evaluation(tmp_path, "bare.json", {"fid": True, "kid": "x", "recall": 0.5}, None)
         (tmp_path / "list.json").write_text("[1]")
-        (tmp_path / "evaluation_c.json").write_text("{")
+        (tmp_path / "evaluation_c.json").write_text("[" * 100000)
         found, warnings = comparison.read_evaluations(tmp_path)
         assert [e["tag"] for e in found] == ["bare", "a", "b"] and found[0]["metrics"] == {"recall": 0.5}
         assert len(warnings) == 1 and "evaluation_c.json" in warnings[0]
@@ -412,6 +416,8 @@ def test_different_protocols_are_said_visibly(tmp_path, script):
         assert "image sizes" in said and "1 unreadable files were left out" in said
     assert code == 0 and sum(a.get("class") == "warning" for _, a in page.tags) == 2
 
+    (folder / "cache_real.json").write_text("[" * 100000)
+    assert any("cache_real.json is damaged" in w for w in comparison.load_variants(folder, "")[2])
     (folder / "cache_a.csv").write_text((folder / "cache_a.csv").read_text() + "1,1,0.5,0.5\n")
     assert any("cache_a.csv has been edited" in w for w in comparison.load_variants(folder, "")[2])
 

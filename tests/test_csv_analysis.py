@@ -249,7 +249,7 @@ def test_changed_folder_or_definition_is_measured_again(cached, change):
 
 
 @pytest.mark.parametrize("name, content", [("cache_t.csv", "file,lap_var\nx,1\n"), ("cache_t.json", "{"),
-                                           ("cache_t.json", "{}")])
+                                           ("cache_t.json", "{}"), ("cache_t.json", "[" * 100000)])
 def test_damaged_cache_is_measured_again_aloud(cached, name, content):
     again, _, out = cached
     before = (out / "cache_t.csv").read_text()
@@ -326,4 +326,5 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, script, case):
                                          ("--r0", "nan")])
 def test_flags_out_of_range_are_refused(tmp_path, script, flag, value):
     code, _, stderr = script("--gen", tmp_path, "--out_dir", tmp_path / "o", "--tag", "t", flag, value)
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert code == 2 and flag in stderr and not (tmp_path / "o").exists()

@@ -714,6 +714,14 @@ def bad(kind, checkpoint, data, tmp_path):
         content["model_args"]["latent_dim"] = 8
         torch.save(content, path)
         return path, [], ["bad.pth: its weights and model_args do not fit"]
+    if kind in ("args", "diverged"):
+        path, content = tmp_path / "bad.pth", torch.load(checkpoint, weights_only=True)
+        if kind == "args":
+            content["args"] = 5
+        else:
+            content["ema"]["decoder.stem.0.weight"][0, 0] = math.nan
+        torch.save(content, path)
+        return path, [], ["bad.pth:", "dicts" if kind == "args" else "not finite"]
     if kind == "escaping name":
         path, content = tmp_path / "bad.pth", torch.load(checkpoint, weights_only=True)
         content["args"]["exp_name"] = "../../elsewhere"
@@ -732,17 +740,21 @@ def bad(kind, checkpoint, data, tmp_path):
         return checkpoint, ["--save_dir", checkpoint], ["--save_dir", "cannot write there"]
     if kind == "no inception":
         return checkpoint, ["--evaluate"], ["pt_inception-2015-12-05-6726825d.pth", "leave out --evaluate"]
+    if kind == "long name":
+        return checkpoint, ["--fake_dirname", "x" * 300], ["the name is too long"]
     if kind == "no gpu":
         return checkpoint, ["--device", "cuda"], ["--device cuda: no CUDA GPU"]
     flags = {"no samples": ["--num_samples", "0"], "batch": ["--gen_batch_size", "-1"], "cold": ["--temperature", "nan"],
              "nll samples": ["--nll_samples", "0"], "path as name": ["--fake_dirname", "a/b"],
-             "dots": ["--fake_dirname", ".."], "same names": ["--real_dirname", "x", "--fake_dirname", "x"]}[kind]
+             "dots": ["--fake_dirname", ".."], "no number": ["--num_samples", "many"],
+             "unknown flag": ["--fake_dri", "x"], "same names": ["--real_dirname", "x", "--fake_dirname", "x"]}[kind]
     return checkpoint, flags, [flags[0]]
 
 
 @pytest.mark.parametrize("kind", ["best beside last", "no folder", "damaged checkpoint", "other architecture", "escaping name",
                                   "missing data", "other data", "data dir is a file", "save dir is a file", "no inception",
-                                  "no gpu", "no samples", "batch", "cold", "nll samples", "path as name", "dots", "same names"])
+                                  "no gpu", "no samples", "batch", "cold", "nll samples", "path as name", "dots", "same names",
+                                  "args", "diverged", "long name", "no number", "unknown flag"])
 def test_user_errors_are_one_line_and_leave_nothing(kind, checkpoint, data, tmp_path, monkeypatch, capsys):
     if kind == "no gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
