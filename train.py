@@ -16,6 +16,7 @@ import platform
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -35,6 +36,7 @@ from models.vamp_flow import (
     check_flow,
 )
 from utils import (
+    FlagParser,
     InceptionFeatures,
     LatentHealth,
     UserError,
@@ -96,7 +98,7 @@ COLUMNS = ("epoch", "beta", "lr", "train_loss", "val_loss", "recon", "lpips", "k
 # Command line
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("run")
@@ -781,6 +783,9 @@ def open_tensorboard(args, folder, epoch):
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    default = threading.excepthook
+    # Its thread's trouble with files comes to the main thread at the next write, which then says it in one line.
+    threading.excepthook = lambda problem: None if issubclass(problem.exc_type, OSError) else default(problem)
     return SummaryWriter(folder / "tensorboard", purge_step=epoch + 1)
 
 

@@ -78,7 +78,7 @@ def run(main):
     except OSError as e:
         if e.errno not in ERRNO_HINTS:
             raise
-        message = f"{e.filename or 'writing'}: {ERRNO_HINTS[e.errno]}"
+        message = f"{os.fsdecode(e.filename or 'writing')}: {ERRNO_HINTS[e.errno]}"
     except SystemExit:
         leave_processes()
         raise

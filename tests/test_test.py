@@ -231,7 +231,7 @@ def test_reconstructions_without_the_flow(checkpoint, data, monkeypatch, tmp_pat
         with pytest.raises(UserError, match="flow bypassed"):
             main(monkeypatch, tmp_path, checkpoint, *flags, "--recon_dirname", folder, "--recon_flow", flow)
     path = make_checkpoint(tmp_path / "results" / "plain", data, "--flow_length", 0)
-    with pytest.raises(UserError, match="no flow"):
+    with pytest.raises(UserError, match="decodes without a flow"):
         main(monkeypatch, tmp_path, path, *flags, "--recon_dirname", "plain", "--recon_flow", "bypassed")
 
 
