@@ -62,8 +62,10 @@ from utils import (
     InceptionFeatures,
     LatentHealth,
     UserError,
+    add_data_flags,
     add_device_flag,
     atomic_write,
+    check_saved_flags,
     cpu_count,
     frechet_distance,
     generate_images,
@@ -993,6 +995,9 @@ def next_commands(args, tag, device):
 def open_data(args, checkpoint, model, device):
     """{"train": ..., "test": ...} of the checkpoint's data set, wherever it lies now. Raises UserError if it is not the
     one that the model was trained on."""
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser)
+    check_saved_flags(parser, checkpoint["args"], args.resume)
     flags = argparse.Namespace(**{k: checkpoint["args"][k] for k in DATA_FLAGS})
     flags.data_dir = args.data_dir
     train, test = load_data(flags, device)
@@ -1046,7 +1051,7 @@ def main():
         writable_folder(eval_out.parent, "--eval_out")
         quality = writable_folder(Path(args.save_dir, QUALITY_DIR), "--save_dir")
 
-    log = open(folder / "test_log.txt", "a", encoding="utf-8")
+    log = open(folder / "test_log.txt", "a", encoding="utf-8", errors="backslashreplace")
 
     def say(text):
         print(text, flush=True)

@@ -32,6 +32,7 @@ from utils import (
     add_device_flag,
     atomic_write,
     cached_statistics,
+    check_saved_flags,
     extract_features,
     frechet_distance,
     generate_images,
@@ -176,7 +177,7 @@ def check_flags(args, given):
     for name, low in at_least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be {low} or more")
-    if not args.lr > 0:
+    if not 0 < args.lr < math.inf:
         raise UserError(f"--lr {args.lr}: must be positive")
     if args.seed >= 2 ** 63:
         raise UserError(f"--seed {args.seed}: must be below 2^63")
@@ -229,6 +230,7 @@ def resolve_resume(args, given):
     if checkpoint.get("optimizer") is None:
         raise UserError(f"{path}: holds no optimiser state (best_fid.pth never does); resume from last.pth")
     saved = checkpoint["args"]
+    check_saved_flags(build_parser(), saved, path)
     changed = sorted(k for k in given - MAY_DIFFER if k in saved and saved[k] != getattr(args, k))
     if changed:
         raise UserError(f"{path} was trained with other values of " + ", ".join(
@@ -316,6 +318,15 @@ def start_prior(args, model, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything that a checkpoint holds, and where it goes
 
+def same_kind(a, b):
+    """Are two nests of dicts and lists alike but for the numbers? a may hold more keys than b."""
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() >= b.keys() and all(same_kind(a[k], b[k]) for k in b)
+    if isinstance(b, (list, tuple)):
+        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(same_kind, a, b))
+    return type(a) is type(b) or (type(a), type(b)) == (int, float)
+
+
 class Trainer:
     """Weights, optimiser, schedule, history and position of one training run."""
 
@@ -382,17 +393,26 @@ class Trainer:
     def restore(self, checkpoint, path):
         if checkpoint.get("data_id") != self.data_id:
             raise UserError(f"--data_dir {self.args.data_dir}: not the images that {path} was trained on")
+        groups, schedule = self.optimizer.state_dict()["param_groups"], self.scheduler.state_dict()
         try:
             self.model.load_state_dict(checkpoint["model"])
             if self.ema is not None:
                 self.ema.load_state_dict(checkpoint["ema"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
+            self.scheduler.load_state_dict({k: v for k, v in checkpoint["scheduler"].items() if k in schedule})
             self.sums.copy_(checkpoint["epoch_sums"])
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+            self.best_fid, self.history = float(checkpoint["best_fid"]), checkpoint["history"]
+            moments = [{k: v.shape for k, v in self.optimizer.state[p].items()} for p in self.model.parameters()]
+            shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in self.model.parameters()]
+            if not (same_kind(self.optimizer.state_dict()["param_groups"], groups)
+                    and same_kind(self.scheduler.state_dict(), schedule) and self.scheduler.last_epoch == self.step
+                    and (moments == shapes or self.step == 0)
+                    and 0 <= self.step - self.epoch * self.steps_per_epoch <= self.steps_per_epoch
+                    and all(type(v) in (int, float, type(None)) for row in self.history for v in row.values())):
+                raise ValueError("optimiser, schedule, history and position are not those of one run")
+        except Exception as e:                                # what a file from elsewhere holds can raise anything
             raise UserError(f"{path}: its weights do not fit this model ({str(e)[:200]})") from None
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-        self.best_fid, self.history = checkpoint["best_fid"], checkpoint["history"]
         best, source = self.folder / "best_fid.pth", path.parent / "best_fid.pth"
         if not best.exists():
             if source.exists():                           # resumed into another folder: the best goes along
@@ -662,6 +682,8 @@ def main():
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
     amp = args.amp == "bf16" or (args.amp == "auto" and native)
     torch.manual_seed(args.seed)
+    if checkpoint is not None and checkpoint["model_args"] != model_args_of(args):
+        raise UserError(f"{resumed_from}: its args and its model_args describe two models; not a checkpoint of train.py")
     try:
         model = CrossFlowVampVAE(**model_args_of(args))
     except ValueError as e:
@@ -696,7 +718,7 @@ def main():
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device)})
     writer = open_tensorboard(args, folder, trainer.epoch)
-    log = open(folder / "train_log.txt", "a" if checkpoint is not None else "w", encoding="utf-8")
+    log = open(folder / "train_log.txt", "a" if checkpoint is not None else "w", encoding="utf-8", errors="backslashreplace")
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
 
     # -- the epochs -----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from utils import (
     seeded,
     to_float,
     to_uint8,
+    write_json,
 )
 
 # "import test" would find the standard library's package of that name.
@@ -224,7 +225,7 @@ def test_killed_export_goes_on_where_it_stopped(checkpoint, data, monkeypatch, t
 def cut_short(folder, done):
     """Make an export what a kill leaves: a manifest that counts `done`, then one whole and one half-written image."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"done": done}))
+    write_json(folder / "manifest.json", manifest | {"done": done})
     (folder / ".manifest.json.abc.tmp").write_text("{")
     half = folder / f"{done + 1:05d}.png"
     half.write_bytes(half.read_bytes()[:40])
