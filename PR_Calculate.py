@@ -20,7 +20,6 @@ import math
 import platform
 import sys
 import time
-import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -47,6 +46,7 @@ from utils import (
     load_hub_weights,
     mean_and_covariance,
     pick_device,
+    read_arrays,
     read_image,
     read_json,
     run,
@@ -691,10 +691,11 @@ def folder_features(extractor, surveys, batch_size, cache=None, progress=False):
         new = [digest for digest in first if digest not in row]
         if cache:
             key = f"{extractor.key} {extractor.device} {torch.__version__} {batch_size}".encode()
-            file = Path(cache) / f"features-{hashlib.sha256(key + b''.join(first)).hexdigest()[:32]}.npz"
-            cached = _read_features(file, (len(first), extractor.dims))
+            key = hashlib.sha256(key + b"".join(first)).hexdigest()
+            file = Path(cache) / f"features-{key[:32]}.npz"
+            cached = read_arrays(file, key) if file.is_file() else None
             if cached is not None:
-                part = cached[[n for n, digest in enumerate(first) if digest not in row]]
+                part = cached["features"][[n for n, digest in enumerate(first) if digest not in row]]
         computed = part is None
         if computed:
             paths = [first[digest] for digest in new]
@@ -707,23 +708,8 @@ def folder_features(extractor, surveys, batch_size, cache=None, progress=False):
         parts.append(part)
         if file and computed:
             with atomic_write(file) as f:
-                np.savez(f, features=np.concatenate(parts)[[row[digest] for digest in first]])
+                np.savez(f, key=key, features=np.concatenate(parts)[[row[digest] for digest in first]])
     return np.concatenate(parts), [np.array([row[digest] for digest in survey.digests]) for survey in surveys]
-
-
-def _read_features(file, shape):
-    """The array of a feature cache file, None if there is none; a damaged one is computed again, aloud."""
-    if not file.is_file():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as f:          # a zip archive: checksums are verified on reading
-            features = f["features"]
-        if features.shape == shape and np.isfinite(features).all():
-            return features
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    print(f"{file}: damaged, computed again", file=sys.stderr)
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -776,7 +762,10 @@ def parse_args(argv=None):
 
 
 def describe_folder(survey, num_images):
-    """What the protocol says of one side."""
+    """What the protocol says of one side, with the manifest of its export (checkpoint, weights, split) if it has one."""
+    if survey.manifest is not None and "checksum" not in survey.manifest:
+        print(f"warning: {Path(survey.folder) / MANIFEST} has no checksum: damage to it, or an edit, would not show",
+              file=sys.stderr)
     return {
         "folder": survey.folder,
         "images": len(survey.paths),

@@ -41,7 +41,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
 from tqdm import tqdm
 
-from utils import FlagParser, UserError, atomic_write_all, cpu_count, run, sha256_file, writable_folder
+from utils import FlagParser, UserError, atomic_write_all, cpu_count, read_json, run, sha256_file, writable_folder
 
 REFERENCE = "real"
 REQUIRED = ("lap_var", "tenengrad", "hf_ratio")
@@ -227,18 +227,21 @@ def read_cache(path):
 
 
 def read_protocol(path):
-    """The fingerprint beside a cache -> (dict or None, warning or None)."""
+    """The fingerprint beside a cache -> (dict or None, warning or None). Raises UserError if it or the cache is damaged."""
     fingerprint = path.with_suffix(".json")
     if not fingerprint.exists():
         return None, None                                       # an older cache
+    record = read_json(fingerprint)
+    if "checksum" not in record:
+        return None, f"{fingerprint.name} is no fingerprint of csv_analysis.py; the protocol of {path.name} is unknown"
     try:
-        record = json.loads(fingerprint.read_text(encoding="utf-8"))
         if record["cache_sha256"] != sha256_file(path):
-            return None, f"{path.name} has been edited since csv_analysis.py wrote it; its protocol is unknown"
+            raise UserError(f"{path}: damaged, or edited since csv_analysis.py wrote it; make it again (or delete "
+                            f"{fingerprint.name}, if the edit is meant: its protocol is then unknown)")
         return {"definitions": dict(record["definitions"]), "sizes": dict(record["sizes"]),
                 "skipped": len(record["skipped"]), "folder": str(record["folder"])}, None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None, f"{fingerprint.name} is damaged; the protocol of {path.name} is unknown"
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{fingerprint}: no fingerprint of csv_analysis.py; delete it, or make the cache again") from None
 
 
 def order_names(names, wanted):
@@ -256,18 +259,19 @@ def read_evaluations(folder):
     for path in sorted(folder.glob("*.json")):
         prefixed = re.match(r"(evaluation|pr)_", path.stem)
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError):
-            if prefixed:
-                warnings.append(f"{path.name} cannot be read as JSON and is left out")
+            value = read_json(path)
+        except (UserError, OSError):
+            warnings.append(f"{path.name} is damaged, or not a JSON object, and is left out")
             continue
-        if not isinstance(value, dict) or not isinstance(value.get("metrics"), dict):
+        if not isinstance(value.get("metrics"), dict):
             continue
+        if "checksum" not in value:
+            warnings.append(f"{path.name} has no checksum: damage to it, or an edit, would not show")
         tag = value.get("tag")
         if not isinstance(tag, str) or not tag.strip():
             tag = path.stem[prefixed.end():] if prefixed else path.stem
         numbers = {str(k): float(v) for k, v in value["metrics"].items()
-                   if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)}
+                   if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= sys.float_info.max}
         known = {k: v for k, v in numbers.items() if k in EVALUATION or k == "kid_std"}
         protocol = value.get("protocol")
         found.append({"tag": tag.strip(), "file": path.name, "metrics": known,
@@ -387,6 +391,7 @@ def log_ticks(axis, decades):
 
 def plain(name, width=22):
     """A variant's name as figure text: wrapped, and never read as a formula."""
+    name = name.encode("utf-8", "replace").decode()             # of a file whose name is no text
     lines = textwrap.wrap(name, width) or [" "]
     if len(lines) > 3:
         lines = [*lines[:2], lines[2][:width - 1] + "…"]

@@ -42,10 +42,12 @@ from utils import (
     atomic_write_all,
     cpu_count,
     list_images,
+    png_is_whole,
     read_image,
     read_json,
     run,
     sha256_file,
+    with_checksum,
     writable_folder,
 )
 
@@ -178,8 +180,8 @@ def decode_grey(path, data):
     # file may hold (rotation, transparency, 16 bits, a huge size, damage) is left to read_image.
     if data.startswith(b"\x89PNG"):
         try:
-            image = PngImageFile(io.BytesIO(data))
-            if image.mode in ("L", "RGB") and image.width * image.height <= Image.MAX_IMAGE_PIXELS:
+            image = PngImageFile(io.BytesIO(data)) if png_is_whole(io.BytesIO(data)) else None
+            if image and image.mode in ("L", "RGB") and image.width * image.height <= Image.MAX_IMAGE_PIXELS:
                 grey = image.convert("L")
                 if not image.info:                              # asked after decoding: a chunk may follow the pixels
                     return np.asarray(grey)
@@ -296,7 +298,7 @@ def cached_table(cache, fingerprint, definitions, names, digest, skip_corrupt):
         return None
     try:
         known = read_json(fingerprint)
-        stored = {key: known[key] for key in ("definitions", "files", "skipped", "content_sha256", "cache_sha256")}
+        stored = {key: known[key] for key in ("definitions", "files", "skipped", "content_sha256", "cache_sha256", "checksum")}
         damaged = stored["cache_sha256"] != sha256_file(cache)
         skipped = list(stored["skipped"])
     except (UserError, KeyError, TypeError):
@@ -319,7 +321,7 @@ def cached_table(cache, fingerprint, definitions, names, digest, skip_corrupt):
 def write_results(cache, fingerprint, summary, table, record):
     """The three files of a tag, all or none."""
     text = table.to_csv(index=False, lineterminator="\n").encode("utf-8", "surrogateescape")
-    record = {**record, "cache_sha256": hashlib.sha256(text).hexdigest()}
+    record = with_checksum({**record, "cache_sha256": hashlib.sha256(text).hexdigest()})
     atomic_write_all({summary: statistics(table).to_csv(index=False, lineterminator="\n").encode(), cache: text,
                       fingerprint: (json.dumps(record, indent=2) + "\n").encode("utf-8")})
 

@@ -69,8 +69,10 @@ from utils import (
     InceptionFeatures,
     LatentHealth,
     UserError,
+    add_data_flags,
     add_device_flag,
     atomic_write,
+    check_saved_flags,
     cpu_count,
     frechet_distance,
     gather,
@@ -1030,6 +1032,9 @@ def next_commands(args, tag, device):
 def open_data(args, checkpoint, model, device):
     """{"train": ..., "test": ...} of the checkpoint's data set, wherever it lies now. Raises UserError if it is not the
     one that the model was trained on."""
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser)
+    check_saved_flags(parser, checkpoint["args"], args.resume)
     flags = argparse.Namespace(**{k: checkpoint["args"][k] for k in DATA_FLAGS})
     flags.data_dir = args.data_dir
     train, test = load_data(flags, device)
@@ -1099,7 +1104,7 @@ def export_and_measure(args, locks):
             starts[i] = plan_export(export, args.overwrite)     # again: another process may have written until now
 
     starts = gather(starts)[0]
-    log = open(folder / "test_log.txt" if is_main() else os.devnull, "a", encoding="utf-8")
+    log = open(folder / "test_log.txt" if is_main() else os.devnull, "a", encoding="utf-8", errors="backslashreplace")
 
     def say(text):
         print(text, flush=True)

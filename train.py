@@ -45,6 +45,7 @@ from utils import (
     all_mean,
     atomic_write,
     cached_statistics,
+    check_saved_flags,
     extract_features,
     frechet_distance,
     gather,
@@ -216,7 +217,7 @@ def check_flags(args, given):
     for name, low in at_least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be {low} or more")
-    if not args.lr > 0:
+    if not 0 < args.lr < math.inf:
         raise UserError(f"--lr {args.lr}: must be positive")
     if args.seed >= 2 ** 63:
         raise UserError(f"--seed {args.seed}: must be below 2^63")
@@ -275,6 +276,7 @@ def resolve_resume(args, given):
     if checkpoint.get("optimizer") is None:
         raise UserError(f"{path}: holds no optimiser state (best_fid.pth never does); resume from last.pth")
     saved = checkpoint["args"]
+    check_saved_flags(build_parser(), saved, path)
     changed = sorted(k for k in given - MAY_DIFFER if k in saved and saved[k] != getattr(args, k))
     if changed:
         raise UserError(f"{path} was trained with other values of " + ", ".join(
@@ -398,6 +400,15 @@ def start_prior(args, model, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything that a checkpoint holds, and where it goes
 
+def same_kind(a, b):
+    """Are two nests of dicts and lists alike but for the numbers? a may hold more keys than b."""
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() >= b.keys() and all(same_kind(a[k], b[k]) for k in b)
+    if isinstance(b, (list, tuple)):
+        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(same_kind, a, b))
+    return type(a) is type(b) or (type(a), type(b)) == (int, float)
+
+
 class Trainer:
     """Weights, optimiser, schedule, history and position of one training run.
 
@@ -516,17 +527,26 @@ class Trainer:
     def restore(self, checkpoint, path):
         if checkpoint.get("data_id") != self.data_id:
             raise UserError(f"--data_dir {self.args.data_dir}: not the images that {path} was trained on")
+        groups, schedule = self.optimizer.state_dict()["param_groups"], self.scheduler.state_dict()
         try:
             self.model.load_state_dict(checkpoint["model"])
             if self.ema is not None:
                 self.ema.load_state_dict(checkpoint["ema"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
+            self.scheduler.load_state_dict({k: v for k, v in checkpoint["scheduler"].items() if k in schedule})
             self.sums.copy_(checkpoint["epoch_sums"])
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+            self.best_fid, self.history = float(checkpoint["best_fid"]), checkpoint["history"]
+            moments = [{k: v.shape for k, v in self.optimizer.state[p].items()} for p in self.parameters]
+            shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in self.parameters]
+            if not (same_kind(self.optimizer.state_dict()["param_groups"], groups)
+                    and same_kind(self.scheduler.state_dict(), schedule) and self.scheduler.last_epoch == self.step
+                    and (moments == shapes or self.step == 0)
+                    and 0 <= self.step - self.epoch * self.steps_per_epoch <= self.steps_per_epoch
+                    and all(type(v) in (int, float, type(None)) for row in self.history for v in row.values())):
+                raise ValueError("optimiser, schedule, history and position are not those of one run")
+        except Exception as e:                                # what a file from elsewhere holds can raise anything
             raise UserError(f"{path}: its weights do not fit this model ({str(e)[:200]})") from None
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-        self.best_fid, self.history = checkpoint["best_fid"], checkpoint["history"]
         best, source = self.folder / "best_fid.pth", path.parent / "best_fid.pth"
         if self.history and self.history[-1]["fid"] == self.best_fid < math.inf:
             self.save_best()                              # this is the best; the run may have been killed before it said so
@@ -877,6 +897,8 @@ def train(stack):
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     torch.manual_seed(args.seed)
+    if checkpoint is not None and checkpoint["model_args"] != model_args_of(args):
+        raise UserError(f"{resumed_from}: its args and its model_args describe two models; not a checkpoint of train.py")
     try:
         model = CrossFlowVampVAE(**model_args_of(args))
     except ValueError as e:
@@ -927,7 +949,8 @@ def train(stack):
         write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device),
                                           "processes": process_count()})
     writer = open_tensorboard(args, folder, trainer.epoch) if is_main() else None
-    log = open(folder / "train_log.txt" if is_main() else os.devnull, "w" if checkpoint is None else "a", encoding="utf-8")
+    log = open(folder / "train_log.txt" if is_main() else os.devnull, "w" if checkpoint is None else "a", encoding="utf-8",
+               errors="backslashreplace")
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
 
     # -- the epochs -----------------------------------------------------------------------------------------------

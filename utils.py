@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
@@ -37,12 +38,12 @@ __all__ = [
     "UserError", "run", "FlagParser", "true_false", "add_data_flags", "add_device_flag",
     "pick_device", "seeded", "cpu_count",
     "join_processes", "process_count", "is_main", "my_share", "gather", "all_mean",
-    "atomic_write", "atomic_write_all", "name_again", "write_json", "read_json", "sha256_file", "writable_folder",
-    "LOCK", "TEMPORARY", "lock_folder",
+    "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
+    "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder",
     "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images",
     "save_png", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
-    "save_checkpoint", "read_checkpoint", "load_model", "LatentHealth",
+    "save_checkpoint", "read_checkpoint", "check_saved_flags", "load_model", "LatentHealth",
     "hub_file", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance", "frechet_distance",
     "cached_statistics",
 ]
@@ -66,11 +67,15 @@ ERRNO_HINTS = {
     errno.EISDIR: "it is a folder, not a file; move it away or choose another name",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOENT: "it does not exist (was it deleted while the program ran?)",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.ELOOP: "a link that leads back to itself",
 }
 
 
 def run(main):
     """Call main(); errors of the user become one line and exit code 2, errors of ours stay tracebacks."""
+    for stream in (sys.stdout, sys.stderr):               # a file name need not be text
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:
@@ -291,8 +296,14 @@ def name_again(path, other):
         os.replace(tmp, other)
 
 
+def with_checksum(value):
+    """A dict for a JSON file -> the same with a "checksum" of the rest: JSON itself would not show a flipped digit."""
+    rest = {k: v for k, v in value.items() if k != "checksum"}
+    return {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
 def write_json(path, value):
-    """value as indented JSON, atomically; NaN and infinity become null."""
+    """A dict as indented JSON with its checksum, atomically; NaN and infinity become null."""
     def clean(v):
         if isinstance(v, dict):
             return {str(k): clean(x) for k, x in v.items()}
@@ -302,19 +313,42 @@ def write_json(path, value):
             return float(v) if math.isfinite(v) else None
         return v.item() if isinstance(v, np.generic) else v
     with atomic_write(path, "w", encoding="utf-8") as f:
-        json.dump(clean(value), f, indent=2)
+        json.dump(with_checksum(clean(value)), f, indent=2)
         f.write("\n")
 
 
 def read_json(path):
-    """The dict in a JSON file. Raises UserError if it is damaged or something else."""
+    """The dict in a JSON file. Raises UserError if it is damaged or something else.
+
+    A file without a "checksum" (written by hand, say) is taken as it is.
+    """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged, not readable as JSON; delete it and run again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not the JSON object expected here")
+    if "checksum" in value and value["checksum"] != with_checksum(value)["checksum"]:
+        raise UserError(f"{path}: damaged, or edited since it was written (its checksum is wrong); delete it and run again")
     return value
+
+
+def read_arrays(path, key):
+    """The arrays of an .npz file as a dict, if its entry `key` says what it should; None, aloud, if it is damaged.
+
+    Every checksum is verified first: numpy itself stops reading, and so checking, where a damaged header says so.
+    """
+    try:
+        with zipfile.ZipFile(path) as z:
+            if z.testzip() is None and all(i.compress_type == zipfile.ZIP_STORED for i in z.infolist()):
+                with np.load(path, allow_pickle=False) as f:
+                    arrays = {name: f[name] for name in f.files}
+                if str(arrays.pop("key")) == key:
+                    return arrays
+    except Exception:                                     # a damaged archive can raise anything
+        pass
+    print(f"warning: {path}: damaged, computed again", file=sys.stderr)
+    return None
 
 
 def sha256_file(path):
@@ -407,9 +441,10 @@ def _open_locked(path, flag):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-# Too large images are refused by name in read_image; PIL's own warning about them would only double the line. Set once:
-# changing warning filters around each image is not safe among threads.
+# Images that are too large or damaged are refused by name in read_image; PIL's own warnings would only double the line.
+# Set once: changing warning filters around each image is not safe among threads.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 IMAGE_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LATENT_BLOCK = 1000                 # latents drawn at once; another number gives other samples for the same seed
@@ -457,16 +492,34 @@ def _raise(error):
     raise error
 
 
+def png_is_whole(f):
+    """Do the chunks of a PNG file, open at its start, have their checksums, up to the last? PIL skips the pixels' own."""
+    f.seek(8)
+    while len(head := f.read(8)) == 8:
+        length, name = int.from_bytes(head[:4], "big"), head[4:]
+        if length > 2 ** 31 or zlib.crc32(f.read(length), zlib.crc32(name)) != int.from_bytes(f.read(4), "big"):
+            return False
+        if name == b"IEND":
+            return True
+    return False
+
+
 def read_image(path, channels=3, size=None):
     """One image file -> uint8 array (H, W) for 1 channel, (H, W, 3) for 3. Raises UserError that names the file.
 
     EXIF rotation is applied, 16-bit grey is scaled to 8, alpha is dropped, palette and CMYK become RGB, an animation
     gives its first frame. With size, the shorter side is resized to it (bicubic, antialiased) and the centre cropped.
+    A damaged PNG file is known by its checksums; the other formats have none.
     """
     try:
-        with Image.open(path) as image:                   # reads the header only
+        with open(path, "rb") as f, Image.open(f) as image:                # reads the header only
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
+            if image.format == "PNG":
+                position = f.tell()
+                if not png_is_whole(f):
+                    raise ValueError("checksum")
+                f.seek(position)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
             elif image.mode == "F":
@@ -476,13 +529,17 @@ def read_image(path, channels=3, size=None):
             image = image.convert("L" if channels == 1 else "RGB")
             if size is not None and image.size != (size, size):
                 scale = size / min(image.size)
+                if size * round(max(image.size) * scale) > Image.MAX_IMAGE_PIXELS:     # a line of pixels, made wide
+                    raise Image.DecompressionBombError
                 image = image.resize([max(size, round(s * scale)) for s in image.size], Image.BICUBIC)
                 left, top = (image.width - size) // 2, (image.height - size) // 2
                 image = image.crop((left, top, left + size, top + size))
             return np.asarray(image)
     except Image.DecompressionBombError:
         raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, refused") from None
-    except (OSError, ValueError, SyntaxError) as e:      # what PIL raises on damaged files
+    except UserError:
+        raise
+    except Exception as e:                                # a damaged file can raise anything
         if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.ENOENT):
             raise
         raise UserError(f"{path}: cannot be read as an image; delete or replace it") from None
@@ -716,7 +773,7 @@ def load_data(args, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-CHECKPOINT_KEYS = ("model", "ema", "epoch", "step", "model_args", "args")
+CHECKPOINT_KEYS = {"model": dict, "ema": (dict, type(None)), "epoch": int, "step": int, "model_args": dict, "args": dict}
 
 
 def save_checkpoint(path, checkpoint):
@@ -726,10 +783,11 @@ def save_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path, device="cpu", resumable=False):
-    """The dict of a checkpoint file, loaded with weights_only=True.
+    """The dict of a checkpoint file, loaded with weights_only=True, its weights those of its model_args.
 
-    Raises UserError that says what is wrong with it and, for a damaged one, which of the files beside it is good: the
-    furthest, with its optimiser state if it is to be resumed from.
+    It takes no more memory than the file has bytes, whatever the file says of its sizes: a checkpoint may come from
+    anywhere. Raises UserError that says what is wrong with it and which of the files beside it is good: the furthest, with
+    its optimiser state if it is to be resumed from.
     """
     path = Path(path)
     if not path.is_file():
@@ -752,6 +810,12 @@ def read_checkpoint(path, device="cpu", resumable=False):
 def _read_checkpoint(path, device="cpu"):
     try:
         with zipfile.ZipFile(path) as z:
+            entries = z.infolist()
+            # torch.save compresses nothing and starts at the first byte. What does otherwise may unpack to any size, or
+            # be read by torch in another place than the one whose checksums are verified here.
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or min(e.header_offset for e in entries) or \
+                    sum(e.file_size for e in entries) > path.stat().st_size:
+                raise UserError(f"{path}: packed otherwise than torch.save does, refused")
             damaged = z.testzip()                         # torch.load itself does not look at the checksums
         if damaged:
             raise UserError(f"{path}: damaged (checksum of {damaged})")
@@ -765,9 +829,47 @@ def _read_checkpoint(path, device="cpu"):
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of train.py (no {', '.join(missing)})")
-    if not isinstance(checkpoint["args"], dict) or not isinstance(checkpoint["model_args"], dict):
-        raise UserError(f"{path}: not a checkpoint of train.py (args and model_args must be dicts)")
+    wrong = [k for k, kind in CHECKPOINT_KEYS.items() if not isinstance(checkpoint[k], kind)]
+    if wrong or min(checkpoint["epoch"], checkpoint["step"]) < 0:
+        raise UserError(f"{path}: not a checkpoint of train.py ({', '.join(wrong) or 'epoch or step'} of another kind)")
+    try:
+        for key in (k for k in ("model", "ema") if checkpoint[k] is not None):
+            # Without the metadata PyTorch hangs on it, which can say that loading is to replace parameters, so that the
+            # optimiser trains what is no longer there; check_weights itself would leave it so.
+            checkpoint[key] = dict(checkpoint[key])
+            check_weights(checkpoint[key], checkpoint["model_args"], path.stat().st_size)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{path}: its weights and model_args do not fit this code ({str(e)[:200]})") from None
     return checkpoint
+
+
+def check_weights(state, model_args, most_bytes):
+    """Raise ValueError, or what PyTorch raises, if these are not the weights of a model of these arguments."""
+    if any(t.layout is not torch.strided or t.is_complex() or t.is_quantized for t in state.values()):
+        raise ValueError("tensors of an unknown kind")
+    if sum(t.numel() * t.element_size() for t in state.values()) > most_bytes:   # one may claim more than is stored of it
+        raise ValueError("tensors larger than the file")
+    with torch.device("meta"):                            # sizes without memory
+        CrossFlowVampVAE(**model_args).load_state_dict(state, strict=True, assign=True)
+    for name, t in state.items():
+        if name.endswith(".perm") and not torch.equal(t.sort().values, torch.arange(len(t), device=t.device)):
+            raise ValueError(f"{name} is no permutation")
+
+
+def check_saved_flags(parser, saved, path):
+    """Raise UserError if a checkpoint's args hold, for a flag of the parser, what its command line cannot give."""
+    for action in parser._actions:
+        if action.dest not in saved:
+            continue
+        value, default = saved[action.dest], action.default
+        kinds = {int: [int], float: [int, float]}.get(action.type, [bool, str] if default is None else [type(default)])
+        if isinstance(default, list):
+            length = None if action.nargs == "+" else action.nargs
+            right = isinstance(value, list) and value and length in (None, len(value)) and all(type(v) in kinds for v in value)
+        else:
+            right = (type(value) in kinds and (not action.choices or value in action.choices)) or value is default is None
+        if not right:
+            raise UserError(f"{path}: --{action.dest} {value!r:.80} is no value of that flag; not a checkpoint of train.py")
 
 
 def load_model(checkpoint_path, device, weights="ema"):
@@ -779,11 +881,8 @@ def load_model(checkpoint_path, device, weights="ema"):
             print(f"{checkpoint_path}: trained without EMA, the raw weights are used", file=sys.stderr)
         else:
             state = checkpoint["ema"]
-    try:
-        model = CrossFlowVampVAE(**checkpoint["model_args"]).to(device)
-        model.load_state_dict(state, strict=True)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{checkpoint_path}: its weights and model_args do not fit this code ({str(e)[:200]})") from None
+    model = CrossFlowVampVAE(**checkpoint["model_args"]).to(device)
+    model.load_state_dict(state, strict=True)
     if not all(v.isfinite().all() for v in model.state_dict().values()):
         raise UserError(f"{checkpoint_path}: its weights are not finite, the training diverged; use an earlier checkpoint")
     return model.eval(), checkpoint
@@ -947,12 +1046,9 @@ def cached_statistics(folder, key, compute):
     path = Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     found = None
     if path.is_file():
-        try:
-            with np.load(path, allow_pickle=False) as f:  # a zip archive: its checksums are verified on reading
-                if str(f["key"]) == key:
-                    found = f["mu"], f["sigma"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            print(f"{path}: damaged, computed again", file=sys.stderr)
+        arrays = read_arrays(path, key)
+        if arrays is not None:
+            found = arrays["mu"], arrays["sigma"]
     if all(gather(found is not None)):                    # several processes compute together or not at all
         return found
     mu, sigma = mean_and_covariance(compute())

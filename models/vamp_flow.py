@@ -31,6 +31,28 @@ FLOW_CONTEXTS = ("none", "encoder")
 MIXTURE_WEIGHTS = ("uniform", "learned")
 DECODE_FROM = ("zK", "z0")
 
+# Far above what any machine trains, far below what fills its memory or hours before a user can read why: a mistyped
+# flag, or a checkpoint from somewhere, is refused by name instead. Largest value of each constructor argument.
+LIMITS = dict(img_size=8192, latent_dim=2 ** 16, hidden_dims=2 ** 14, blocks_per_stage=64, num_components=2 ** 20,
+              flow_length=256, flow_seq_len=2 ** 15, flow_embed_dim=2 ** 14, flow_heads=2 ** 10, flow_layers=16,
+              flow_mlp_ratio=64, scale_bound=80.0)
+MOST_STAGES = 13                    # halvings of the largest image
+LARGEST_TENSOR = 2 ** 31            # numbers in one tensor of weights: 8 GiB
+LARGEST_MAP = 256                   # pixels a side at the lowest resolution, where attention sees every pair of them
+
+
+def check_sizes(args):
+    """Raise ValueError if an entry of a dict of constructor arguments is no number, or above LIMITS."""
+    if len(args["hidden_dims"]) > MOST_STAGES:
+        raise ValueError(f"hidden_dims has {len(args['hidden_dims'])} entries, more than any image can be halved")
+    for name, most in LIMITS.items():
+        for value in args[name] if name == "hidden_dims" else [args[name]]:
+            kind = "a number" if isinstance(most, float) else "an integer"
+            if not isinstance(value, int if kind == "an integer" else (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name} must be {kind}, not {value!r:.40}")
+            if not value <= most:
+                raise ValueError(f"{name} {value} is absurdly large; at most {most} is allowed")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Densities: always float32 or float64, whatever autocast does around them
@@ -230,9 +252,10 @@ class BiCrossAttnFlow(nn.Module):
         self.dim, self.scale_bound, self.context_dim = dim, scale_bound, context_dim
         generator = torch.Generator().manual_seed(perm_seed)
         self.couplings = nn.ModuleList(
-            BiCrossAttnCoupling(dim, torch.randperm(dim, generator=generator), seq_len=seq_len, embed_dim=embed_dim,
-                                heads=heads, layers=layers, mlp_ratio=mlp_ratio, scale_bound=scale_bound,
-                                context_dim=context_dim)
+            # (The device is named since utils builds models on the meta device, to learn their sizes.)
+            BiCrossAttnCoupling(dim, torch.randperm(dim, generator=generator, device="cpu"), seq_len=seq_len,
+                                embed_dim=embed_dim, heads=heads, layers=layers, mlp_ratio=mlp_ratio,
+                                scale_bound=scale_bound, context_dim=context_dim)
             for _ in range(length))
 
     def forward(self, z0, context=None):
@@ -425,6 +448,10 @@ class CrossFlowVampVAE(nn.Module):
         hidden_dims = tuple(hidden_dims)
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 or 3, not {in_channels}")
+        check_sizes(dict(img_size=img_size, latent_dim=latent_dim, hidden_dims=hidden_dims, blocks_per_stage=blocks_per_stage,
+                         num_components=num_components, flow_length=flow_length, flow_seq_len=flow_seq_len,
+                         flow_embed_dim=flow_embed_dim, flow_heads=flow_heads, flow_layers=flow_layers,
+                         flow_mlp_ratio=flow_mlp_ratio, scale_bound=scale_bound))
         if not hidden_dims or min(hidden_dims) < 1:
             raise ValueError("hidden_dims needs at least one positive width")
         if img_size < 1 or img_size % 2 ** len(hidden_dims):
@@ -450,6 +477,15 @@ class CrossFlowVampVAE(nn.Module):
         if len(logvar_clamp) != 2 or not logvar_clamp[0] < logvar_clamp[1]:
             raise ValueError(f"logvar_clamp must be two ascending numbers, not {logvar_clamp}")
 
+        side = img_size // 2 ** len(hidden_dims)
+        if side > LARGEST_MAP:
+            raise ValueError(f"img_size {img_size} leaves {side} pixels a side after {len(hidden_dims)} halvings, more than "
+                             f"{LARGEST_MAP}; give hidden_dims more entries")
+        largest = max(2 * latent_dim * hidden_dims[-1] * side ** 2, 9 * max(hidden_dims) ** 2,
+                      flow_mlp_ratio * flow_embed_dim ** 2, num_components * in_channels * img_size ** 2 * (prior == "vamp"))
+        if largest > LARGEST_TENSOR:
+            raise ValueError(f"a single tensor of this model would hold {largest:,} numbers, more than {LARGEST_TENSOR:,}")
+
         self.in_channels, self.img_size, self.latent_dim = in_channels, img_size, latent_dim
         self.num_components = 1 if prior == "standard" else num_components
         self.prior, self.flow_prior, self.flow_context = prior, flow_prior, flow_context
@@ -462,7 +498,6 @@ class CrossFlowVampVAE(nn.Module):
             self.flow = BiCrossAttnFlow(latent_dim, flow_length, flow_seq_len, flow_embed_dim, flow_heads, flow_layers,
                                         context_dim, flow_mlp_ratio, scale_bound, perm_seed)
             if context_dim:
-                side = img_size // 2 ** len(hidden_dims)
                 self.context_position = nn.Parameter(0.5 * torch.randn(side * side, context_dim))
         self.decoder = Decoder(in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage)
         if prior == "vamp":

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 import csv_analysis
 from csv_analysis import METRICS, analyse, decode_grey, sharpness, statistics, to_grey
-from utils import list_images, read_image
+from utils import list_images, read_image, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "csv_analysis.py")
@@ -241,7 +241,7 @@ def test_changed_folder_or_definition_is_measured_again(cached, change):
     else:
         record = json.loads((out / "cache_t.json").read_text())
         record["definitions"]["tenengrad"] = "as an older version had it"
-        (out / "cache_t.json").write_text(json.dumps(record))
+        write_json(out / "cache_t.json", record)
     code, stdout, stderr = again(*extra)
     assert code == 0 and "up to date" not in stdout and stderr == ""
     assert ((out / "cache_t.csv").read_text() == before) == (change == "definition")

@@ -35,6 +35,7 @@ from utils import (
     seeded,
     to_float,
     to_uint8,
+    write_json,
 )
 
 # "import test" would find the standard library's package of that name.
@@ -278,7 +279,7 @@ def test_killed_export_goes_on_where_it_stopped(checkpoint, data, monkeypatch, t
 def cut_short(folder, done):
     """Make an export what a kill leaves: a manifest that counts `done`, then one whole and one half-written image."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"done": done}))
+    write_json(folder / "manifest.json", manifest | {"done": done})
     (folder / ".manifest.json.abc_1234.tmp").write_text("{")
     (folder / LOCK).write_text("process 1 on nowhere")
     half = folder / f"{done + 1:05d}.png"

@@ -548,7 +548,8 @@ def test_error_reaches_the_shell_as_one_line_and_code_2(data, tmp_path):
 
 # -- the second stage ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("prior", [["--prior", "vamp"], ["--prior", "standard"], ["--prior", "mog", "--flow_length", 0, "--pseudo_init", "noise"]])
+@pytest.mark.parametrize("prior", [["--prior", "vamp"], ["--prior", "standard"],
+                                   ["--prior", "mog", "--flow_length", 0, "--pseudo_init", "noise"]])
 def test_second_stage_fits_the_prior_and_nothing_else(prior, data, monkeypatch, tmp_path):
     flags = [*data, "--sample_every", 0, "--no-tensorboard", "--warmup_epochs", 0, "--lr", 3e-3, "--beta_max", 1,
              "--free_bits", 0]
