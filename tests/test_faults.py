@@ -786,7 +786,11 @@ def sensible(flags):
     """Take out what makes no sense together."""
     if flags["flow_length"] == 0:
         flags |= {"flow_prior": "unflowed", "flow_context": "none"}
-    return flags | ({"flow_context": "none"} if flags["flow_prior"] == "pushed" else {})
+    if flags["flow_prior"] == "pushed":
+        flags |= {"flow_context": "none"}
+    if flags["flow_length"] == 0 or flags["flow_prior"] == "pushed" or flags["flow_context"] == "encoder":
+        flags |= {"decode_from": "zK"}
+    return flags | ({"mixture_weights": "uniform", "balance": 0} if flags["prior"] == "standard" else {})
 
 
 GOOD_FLAGS = st.fixed_dictionaries({
@@ -795,7 +799,8 @@ GOOD_FLAGS = st.fixed_dictionaries({
     "num_components": one_of(1, 3, 8), "pseudo_init": one_of("data", "noise"), "pseudo_noise": one_of(0, 0.05, 10),
     "flow_length": one_of(0, 1, 3), "flow_seq_len": one_of(1, 2, 4), "flow_embed_dim": one_of(4, 12),
     "flow_heads": one_of(1, 2, 4), "flow_layers": one_of(1, 2), "flow_mlp_ratio": one_of(1, 3),
-    "flow_prior": one_of("unflowed", "pushed"),
+    "flow_prior": one_of("unflowed", "pushed"), "decode_from": one_of("zK", "z0"), "balance": one_of(0, 3),
+    "mixture_weights": one_of("uniform", "learned"), "posterior_std": one_of(0, 0.1, 3), "skip_grad_norm": one_of(0, 1e3),
     "flow_context": one_of("none", "encoder"), "scale_bound": one_of(1e-3, 2, 50), "recon_loss": one_of("l1", "mse"),
     "logvar_clamp": one_of((-10, 10), (-1, 0), (0, 1)), "beta_max": one_of(0, 0.2, 100), "warmup_epochs": one_of(0, 0.5, 20),
     "free_bits": one_of(0, 0.5, 1e9), "batch_size": one_of(1, 4, 9), "lr": one_of(1e-4, 0.1), "weight_decay": one_of(0, 0.1),
@@ -810,7 +815,8 @@ WILD = [("img_size", 7), ("img_size", 0), ("img_size", 10 ** 6), ("hidden_dims",
         ("seed", -1), ("epochs", 0),
         ("lr_min", 1), ("lpips_weight", 1), ("batch_size", 10 ** 9), ("logvar_clamp", (-1000, 1000)), ("adam_betas", (1, 0)),
         *((name, value) for name in ("scale_bound", "pseudo_noise", "beta_max", "free_bits", "lr", "weight_decay", "grad_clip",
-                                     "ema_decay", "warmup_epochs", "lr_min") for value in (-1, math.nan, math.inf))]
+                                     "ema_decay", "warmup_epochs", "lr_min", "balance", "posterior_std",
+                                     "skip_grad_norm") for value in (-1, math.nan, math.inf))]
 ANY_FLAGS = st.tuples(GOOD_FLAGS, st.lists(st.sampled_from(WILD), max_size=2).map(dict))
 
 
@@ -837,9 +843,10 @@ def train_one_step(good, wild):
         return "refused"
     data = utils.MemoryImages(torch.randint(0, 256, (6, args.in_channels, args.img_size, args.img_size), dtype=torch.uint8))
     train.start_prior(args, model, data)
-    trainer = train.Trainer(args, model, max(1, len(data) // args.batch_size), ROOT, data.fingerprint)
-    train.train_step(trainer, None, data.take(range(min(args.batch_size, 6))), False)
-    trainer.require_finite()
+    size = min(args.batch_size, len(data))
+    trainer = train.Trainer(args, model, None, len(data) // size, size, ROOT, data.fingerprint)
+    train.train_step(trainer, data.take(range(size)), False)
+    trainer.read()
     assert len(trainer.sums) == trainer.sums.isfinite().sum()
     images = trainer.best_weights.sample(3, generator=torch.Generator().manual_seed(0))
     assert images.shape == (3, *data.shape) and images.isfinite().all() and images.abs().max() <= 1
