@@ -64,7 +64,9 @@ EVALUATION = {                                                  # name: (title, 
 # Entries of a protocol that must agree before two rows may be compared; a checkpoint or a folder may differ.
 MUST_AGREE = re.compile(r"feature|extractor|network|sha256|dims|resize|pca|split|subset|nearest|size"
                         r"|(^|[._ ])(n|k|num|count|images)([._ ]|$)")
-MAY_DIFFER = re.compile(r"checkpoint|folder|path|content|manifest|_dir|distinct|batch|seconds|version")
+MAY_DIFFER = re.compile(r"checkpoint|training_seed|folder|path|content|manifest|_dir|distinct|batch|seconds|version")
+# Of the manifest of an export, what the report shows.
+MADE_BY = ("kind", "split", "checkpoint_sha256", "weights", "seed", "temperature", "latent")
 
 PERCENTILES = np.arange(1, 100)
 # Okabe and Ito's colours, told apart by readers of any colour vision; black is kept for real.
@@ -239,7 +241,8 @@ def read_protocol(path):
             raise UserError(f"{path}: damaged, or edited since csv_analysis.py wrote it; make it again (or delete "
                             f"{fingerprint.name}, if the edit is meant: its protocol is then unknown)")
         return {"definitions": dict(record["definitions"]), "sizes": dict(record["sizes"]),
-                "skipped": len(record["skipped"]), "folder": str(record["folder"])}, None
+                "skipped": len(record["skipped"]), "folder": str(record["folder"]),
+                "made_by": {k: v for k, v in (record.get("manifest") or {}).items() if k in MADE_BY}}, None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{fingerprint}: no fingerprint of csv_analysis.py; delete it, or make the cache again") from None
 
@@ -790,6 +793,9 @@ def protocol_lines(tables, protocols, args):
             r0 = p["definitions"].get("r0", "?")
             text.append(f"folder {p['folder']}; sizes {', '.join(f'{k} ({v:,})' for k, v in p['sizes'].items())}; "
                         f"{p['skipped']:,} unreadable files skipped; r0 = {r0}")
+            if p["made_by"]:
+                text.append("exported as " + ", ".join(f"{k} {v[:12] if k == 'checkpoint_sha256' else v}"
+                                                       for k, v in p["made_by"].items()))
         else:
             text.append("no fingerprint: definitions and folder unknown")
         items.append((name, text))

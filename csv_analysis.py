@@ -27,6 +27,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,7 @@ from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
 from utils import (
+    MANIFEST,
     FlagParser,
     UserError,
     atomic_write,
@@ -382,6 +384,8 @@ def main(argv=None):
     out = writable_folder(args.out_dir, "--out_dir")
     cache, fingerprint = out / f"cache_{args.tag}.csv", out / f"cache_{args.tag}.json"
     summary = out / f"{args.tag}_statistics.csv"
+    manifest = Path(args.gen, MANIFEST)                         # of an export: its checkpoint, seed and weights
+    manifest = read_json(manifest) if manifest.is_file() else None
     names = [f.relative_to(args.gen).as_posix() for f in files]
     definitions = {**DEFINITIONS, "r0": args.r0}
     workers = args.workers or (cpu_count() if len(files) >= 1000 else 1)
@@ -406,7 +410,7 @@ def main(argv=None):
         table = pd.DataFrame(values[read], columns=METRICS)
         table.insert(0, "file", pd.array([name for name, ok in zip(names, read) if ok], dtype=object))
         record = {"tag": args.tag, "folder": str(args.gen), "definitions": definitions, "files": len(files),
-                  "images": len(table), "sizes": sizes, "skipped": skipped,
+                  "images": len(table), "sizes": sizes, "skipped": skipped, "manifest": manifest,
                   "content_sha256": folder_digest(names, digests)}
         write_results(cache, fingerprint, summary, table, record)
         print(f"{cache}: {len(table):,} images in {seconds:.1f} s ({len(files) / seconds:,.0f} a second)")

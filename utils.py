@@ -75,7 +75,8 @@ ERRNO_HINTS = {
 def run(main):
     """Call main(); errors of the user become one line and exit code 2, errors of ours stay tracebacks."""
     for stream in (sys.stdout, sys.stderr):               # a file name need not be text
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):                # not where somebody captures the output
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:

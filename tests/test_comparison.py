@@ -406,12 +406,14 @@ def test_different_protocols_are_said_visibly(tmp_path, script):
         write_evaluation(folder, f"evaluation_{name}.json", {"fid": 1.0}, {"k": 3 if name == "a" else 5})
         write_json(folder / f"cache_{name}.json",
                    {"definitions": {"r0": r0}, "sizes": {size: 20}, "skipped": ["x"], "folder": "f",
+                    "manifest": {"kind": "samples", "seed": 71, "checkpoint_sha256": "abc" * 20, "count": 5},
                     "cache_sha256": sha256_file(folder / f"cache_{name}.csv")})
     code, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
     page = Page(tmp_path / "out" / "report.html")
     for said in (stderr, page.text, (tmp_path / "out" / "summary.md").read_text()):
         assert "not comparable, k differs" in said and "not comparable, r0 differs" in said
         assert "image sizes" in said and "1 unreadable files were left out" in said
+    assert "exported as kind samples, seed 71, checkpoint_sha256 abcabcabcabc" in page.text
     assert code == 0 and sum(a.get("class") == "warning" for _, a in page.tags) == 2
 
     good = (folder / "cache_real.json").read_text()

@@ -178,8 +178,10 @@ def test_command_writes_cache_statistics_and_fingerprint(tmp_path):
     folder = save_folder(tmp_path / "gen" / "deep", images)
     Image.fromarray(images[0, :9]).save(tmp_path / "gen" / "a,b.png")
     out = tmp_path / "new" / "out"
+    write_json(tmp_path / "gen" / "manifest.json", {"kind": "samples", "seed": 3})
     done = command("--gen", tmp_path / "gen", "--out_dir", out, "--tag", "CrossVampVAE")
     assert done.returncode == 0, done.stderr
+    assert json.loads((out / "cache_CrossVampVAE.json").read_text())["manifest"]["seed"] == 3
     assert sorted(os.listdir(out)) == ["CrossVampVAE_statistics.csv", "cache_CrossVampVAE.csv",
                                        "cache_CrossVampVAE.json"]
     table = pd.read_csv(out / "cache_CrossVampVAE.csv").set_index("file")
