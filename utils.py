@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -841,6 +842,10 @@ def _read_checkpoint(path, device="cpu"):
             check_weights(checkpoint[key], checkpoint["model_args"], path.stat().st_size)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path}: its weights and model_args do not fit this code ({str(e)[:200]})") from None
+    # An older checkpoint lacks newer arguments: it was trained with what are their defaults.
+    defaults = {name: p.default for name, p in inspect.signature(CrossFlowVampVAE).parameters.items()}
+    checkpoint["model_args"] = {**{k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()},
+                                **checkpoint["model_args"]}
     return checkpoint
 
 

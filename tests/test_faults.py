@@ -545,6 +545,17 @@ def test_flags_and_model_of_a_checkpoint_belong_together(checkpoint, call):
     assert_refused(call(train.main, "--resume", path), path, "describe two models")
 
 
+def test_checkpoints_from_before_a_flag_are_taken(checkpoint, call, tmp_path):
+    def older(c):
+        for name in ("decode_from", "mixture_weights", "posterior_std"):
+            del c["args"][name], c["model_args"][name]
+    path = checkpoint(older)
+    assert read_checkpoint(path)["model_args"]["decode_from"] == "zK"
+    for name, flags in (("more", ("--resume", path)), ("prior", (*TINY, "--fit_prior", path, "--flow_length", 0))):
+        code, _, stderr = call(train.main, *flags, "--save_dir", tmp_path, "--exp_name", name)
+        assert code == 0 or "its decoder takes what its flow makes" in stderr, stderr
+
+
 @pytest.mark.parametrize("change", [
     lambda c: c["optimizer"]["state"].update({7: torch.zeros(3)}), lambda c: c["optimizer"]["param_groups"][0].pop("betas"),
     lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)), lambda c: c["scheduler"].update(base_lrs=["x", "y"]),
