@@ -19,7 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 from csv_analysis import sharpness
-from utils import UserError
+from utils import UserError, write_json
 
 SCRIPT = str(ROOT / "tests" / "benchmarks" / "grid.py")
 spec = importlib.util.spec_from_file_location("grid", SCRIPT)
@@ -179,7 +179,7 @@ def test_runs_with_other_flags_are_never_mixed(finished):
     assert code == 2 and "other common flags" in error and "--lr 0.001" in error
     record = finished.out / "pairs" / "CrossVampVAE_s0.json"
     kept = record.read_text()
-    record.write_text(kept.replace('"flags": ""', '"flags": "--flow_length 3"'))
+    write_json(record, json.loads(kept) | {"flags": "--flow_length 3"})
     code, _, error = call("--out", finished.out, *OWN, "--only", *GOOD, *COMMON)
     record.write_text(kept)
     assert code == 2 and "CrossVampVAE_s0: was trained with other flags (--flow_length 3" in error
