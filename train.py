@@ -61,6 +61,7 @@ from utils import (
     name_again,
     process_count,
     read_checkpoint,
+    remove_temporary_files,
     run,
     save_checkpoint,
     save_png,
@@ -917,6 +918,8 @@ def train(stack):
     folder = writable_folder(args.save_dir, "--save_dir") / args.exp_name
     if is_main():
         stack.enter_context(lock_folder(folder, "--exp_name"))
+        if (folder / "samples").is_dir():
+            remove_temporary_files(folder / "samples")
 
     # -- model, optimiser, position -------------------------------------------------------------------------------
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)

@@ -40,7 +40,7 @@ __all__ = [
     "pick_device", "seeded", "cpu_count",
     "join_processes", "process_count", "is_main", "my_share", "gather", "all_mean",
     "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
-    "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder",
+    "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
     "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images",
     "save_png", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
@@ -375,6 +375,13 @@ def writable_folder(path, flag):
     return path
 
 
+def remove_temporary_files(folder):
+    """Remove what a killed atomic_write has left in a folder that nobody else writes to."""
+    for name in os.listdir(folder):
+        if TEMPORARY.fullmatch(name):
+            os.unlink(Path(folder, name))
+
+
 _locked = set()                     # (device, inode) of the folders that this process holds
 
 
@@ -397,9 +404,7 @@ def lock_folder(folder, flag):
     fd = _open_locked(path, flag)
     _locked.add(key)
     try:
-        for name in os.listdir(folder):
-            if TEMPORARY.fullmatch(name):
-                os.unlink(folder / name)
+        remove_temporary_files(folder)
         with contextlib.suppress(OSError):                # a courtesy: the lock holds without it, on a full disk too
             os.ftruncate(fd, 0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
