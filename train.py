@@ -86,7 +86,7 @@ MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite
               "compile", "channels_last", "deterministic", "num_workers", "tensorboard", "sample_every", "grid_images",
               "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep", "check_every"}
 # Of these, what a resumed run does not take over from the checkpoint.
-NOT_INHERITED = {"exp_name", "save_dir", "device", "resume", "overwrite", "stop_epoch", "demo"}
+NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "channels_last", "resume", "overwrite", "stop_epoch", "demo"}
 
 TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "balance", "under_floor",
          "grad_norm", "skipped")
@@ -131,7 +131,7 @@ def build_parser():
     group = parser.add_argument_group("model")
     group.add_argument("--fit_prior", metavar="PATH", default=None,
                        help="a second stage: encoder and decoder of this checkpoint, frozen; the mixture and a flow of the "
-                            "prior's own are fitted to its posteriors")
+                            "prior's own are fitted to its posteriors (free_bits and warmup_epochs are then 0 unless given)")
     group.add_argument("--latent_dim", type=int, default=128, help="D")
     group.add_argument("--hidden_dims", type=int, nargs="+", default=[64, 128, 256, 512], help="channels of each stage")
     group.add_argument("--blocks_per_stage", type=int, default=1, help="ResBlocks at each stage")
@@ -290,7 +290,7 @@ def resolve_resume(args, given):
         args.save_dir = args.save_dir if "save_dir" in given else str(source.parent)
         args.exp_name = args.exp_name if "exp_name" in given else source.name
         if Path(args.save_dir, args.exp_name).absolute() != source:
-            require_empty(Path(args.save_dir, args.exp_name), "--overwrite replaces it, ")
+            require_empty(Path(args.save_dir, args.exp_name), "")
     return checkpoint, path
 
 
@@ -311,7 +311,12 @@ def read_first_stage(args, given):
             raise UserError(f"--{name} {getattr(args, name)}: --fit_prior {args.fit_prior} has {first[name]}")
         setattr(args, name, first[name])
     if args.flow_length:
+        if "decode_from" in given and args.decode_from != "z0":
+            raise UserError(f"--decode_from {args.decode_from}: --fit_prior keeps the decoder, which takes z0")
         args.decode_from = "z0"
+    # With nothing but the prior to learn, there is nothing to warm up and no floor to stand on.
+    for name in {"free_bits", "warmup_epochs"} - given:
+        setattr(args, name, 0.0)
     weights = checkpoint["ema"] or checkpoint["model"]
     return {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
 
@@ -533,6 +538,8 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             if self.ema is not None:
                 self.ema.load_state_dict(checkpoint["ema"])
+            for group in checkpoint["optimizer"]["param_groups"]:
+                group["fused"] = self.fused               # the device's, which may be another than then
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scheduler.load_state_dict({k: v for k, v in checkpoint["scheduler"].items() if k in schedule})
             self.sums.copy_(checkpoint["epoch_sums"])
@@ -548,14 +555,19 @@ class Trainer:
                 raise ValueError("optimiser, schedule, history and position are not those of one run")
         except Exception as e:                                # what a file from elsewhere holds can raise anything
             raise UserError(f"{path}: its weights do not fit this model ({str(e)[:200]})") from None
+        self.restore_best(path)
+
+    def restore_best(self, path):
+        """Bring best_fid.pth into line with the checkpoint at `path` that the run goes on from."""
         best, source = self.folder / "best_fid.pth", path.parent / "best_fid.pth"
-        if self.history and self.history[-1]["fid"] == self.best_fid < math.inf:
-            self.save_best()                              # this is the best; the run may have been killed before it said so
-        elif not best.exists():
-            if not source.exists():
-                self.best_fid = math.inf
-            elif is_main():                               # resumed into another folder: the best goes along
-                name_again(source, best)
+        if is_main() and not best.exists() and source.exists():
+            name_again(source, best)                          # resumed into another folder: the best goes along
+        found = gather(read_checkpoint(best)["best_fid"] if is_main() and best.exists() else None)[0]
+        if self.history and self.history[-1]["fid"] == self.best_fid < (math.inf if found is None else found):
+            self.save_best()                                  # killed before it was written; this is the best
+        else:
+            # Missing: the next is the best. Of a later epoch than an older checkpoint that is resumed: it stays the best.
+            self.best_fid = math.inf if found is None else min(found, self.best_fid)
 
 
 def compile_step(trainer, shape, amp):
@@ -568,23 +580,34 @@ def compile_step(trainer, shape, amp):
     mode = "reduce-overhead" if trainer.device.type == "cuda" else "default"
     try:
         trainer.network, trainer.criterion = (torch.compile(f, mode=mode, dynamic=False) for f in eager)
+        x = torch.zeros(shape, device=trainer.device)
+        eps = torch.zeros(shape[0], trainer.args.latent_dim, device=trainer.device)
         for _ in range(3):                                # the graphs are recorded at the second or third call
-            backward(trainer, torch.zeros(shape, device=trainer.device),
-                     torch.zeros(shape[0], trainer.args.latent_dim, device=trainer.device), amp)
-        print(f"compiled    in {time.monotonic() - start:.0f} s")
+            parts, usage = forward(trainer, x, eps, amp)
+            sum([*parts.values(), *([] if usage is None else [usage.sum()])]).backward()
+        problem = ""
     except Exception as e:                                # a compiler can fail in any way; training need not
+        problem = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+    problem = max(gather(problem))                        # all processes compile, or none
+    if problem:
         trainer.network, trainer.criterion = eager
-        print(f"note: torch.compile fails here ({type(e).__name__}: {' '.join(str(e).split())[:150]}); going on without it")
+        print(f"note: torch.compile fails here ({problem}); going on without it")
+    else:
+        print(f"compiled    in {time.monotonic() - start:.0f} s")
     trainer.optimizer.zero_grad(set_to_none=True)
 
 
-def backward(trainer, x, eps, amp):
-    """The gradients of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D) -> the TERMS it knows."""
+def forward(trainer, x, eps, amp):
+    """loss_parts of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D)."""
     if trainer.network is not trainer.model and trainer.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(trainer.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
-        parts = trainer.criterion(x, trainer.network(x, eps))
-    terms = objective(trainer.args, *parts, trainer.beta())
+        return trainer.criterion(x, trainer.network(x, eps))
+
+
+def backward(trainer, x, eps, amp):
+    """The gradients of one batch -> the TERMS it knows."""
+    terms = objective(trainer.args, *forward(trainer, x, eps, amp), trainer.beta())
     trainer.optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     return terms
@@ -663,7 +686,8 @@ def evaluate(trainer, lpips, data, stop):
     eps = torch.randn(n, args.latent_dim, generator=seeded("cpu", "validation"))[mine].to(trainer.device)
     prior = model.prior_params()
     health, pixel, perceptual, done = LatentHealth(), 0.0, 0.0, 0
-    for batch in until_stopped(data.batches(torch.arange(n)[mine].split(args.eval_batch_size), trainer.device), stop):
+    indices = [i for i in torch.arange(n)[mine].split(args.eval_batch_size) if len(i)]
+    for batch in until_stopped(data.batches(indices, trainer.device), stop):
         x = to_float(batch)
         out = model(x, eps[done:done + len(x)], prior)
         parts, _ = loss_parts(args, model, lpips, x, out)
@@ -973,7 +997,7 @@ def train(stack):
         try:
             row.update(evaluate(trainer, lpips, held_out, stop))
             if args.fid_every and ((trainer.epoch + 1) % args.fid_every == 0 or at_end):
-                row["fid"] = evaluate_fid(trainer, extractor, data, stop)
+                row["fid"] = gather(evaluate_fid(trainer, extractor, data, stop))[0]      # to the last bit everyone's
         except Stopped:
             break
         trainer.epoch += 1
@@ -995,7 +1019,7 @@ def train(stack):
             break
     if writer:
         writer.close()
-    if stop.signum:
+    if stop.asked():
         trainer.save()
         print(f"stopped at epoch {trainer.epoch}, step {trainer.step}; go on with: "
               f"python train.py --resume {shlex.quote(str(folder / 'last.pth'))}")

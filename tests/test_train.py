@@ -296,12 +296,17 @@ def test_best_checkpoint_missing_after_a_kill_is_made_again(data, monkeypatch, t
     main(monkeypatch, tmp_path, "--resume", "auto")
     again = weights(run / "best_fid.pth")
     assert again["epoch"] == 1 and again["best_fid"] == best["best_fid"] and same(best["ema"], again["ema"])
+    # A better one of a later epoch outlives going back to an older checkpoint, whose own best is worse.
+    torch.save(best | {"best_fid": best["best_fid"] - 1}, run / "best_fid.pth")
+    main(monkeypatch, tmp_path, "--resume", run / "step_000000005.pth")
+    assert {weights(run / f"{name}.pth")["best_fid"] for name in ("best_fid", "last")} == {best["best_fid"] - 1}
 
 
 def test_resuming_into_another_folder_copies_the_best_and_spares_a_run_there(data, monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--exp_name", "a", "--no-tensorboard")
     last = tmp_path / "results/a/last.pth"
-    (tmp_path / "results/a/best_fid.pth").write_bytes(b"the best so far")
+    best = weights(last) | {"best_fid": 3.5, "optimizer": None}
+    torch.save(best, tmp_path / "results/a/best_fid.pth")
     (tmp_path / "results/b").mkdir()
     (tmp_path / "results/b/last.pth").write_bytes(b"another run")
     with pytest.raises(UserError, match="b already holds a run"):
@@ -309,7 +314,7 @@ def test_resuming_into_another_folder_copies_the_best_and_spares_a_run_there(dat
     assert (tmp_path / "results/b/last.pth").read_bytes() == b"another run"
     main(monkeypatch, tmp_path, "--resume", last, "--exp_name", "c", "--save_dir", tmp_path / "results")
     assert weights(tmp_path / "results/c/last.pth")["epoch"] == 2 and weights(last)["epoch"] == 1
-    assert (tmp_path / "results/c/best_fid.pth").read_bytes() == b"the best so far"
+    assert {weights(tmp_path / f"results/c/{name}.pth")["best_fid"] for name in ("best_fid", "last")} == {3.5}
     # The folder of the checkpoint is the run's, also where only save_dir is repeated.
     main(monkeypatch, tmp_path, "--resume", last, "--save_dir", tmp_path / "results")
     assert weights(last)["epoch"] == 2
