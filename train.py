@@ -791,7 +791,14 @@ def save_history(history, path):
         pd.DataFrame(history, columns=COLUMNS).to_csv(f, index=False)
 
 
-def record(trainer, row, held_out, log, writer, at_end):
+def pictures_due(trainer):
+    """At the end of an epoch that leaves pictures behind?"""
+    args, epoch = trainer.args, trainer.epoch
+    return (args.sample_every and epoch and (epoch % args.sample_every == 0 or epoch == args.epochs)
+            and trainer.step == epoch * trainer.steps_per_epoch)
+
+
+def record(trainer, row, held_out, log, writer):
     """Everything that an epoch leaves behind beside its checkpoint."""
     args = trainer.args
     save_history(trainer.history, trainer.folder / "history.csv")
@@ -802,7 +809,7 @@ def record(trainer, row, held_out, log, writer, at_end):
         for name, value in row.items():
             if value is not None and name != "epoch":
                 writer.add_scalar(name, value, trainer.epoch)
-    if args.sample_every and (trainer.epoch % args.sample_every == 0 or at_end):
+    if pictures_due(trainer):
         save_images(trainer, held_out, writer)
         save_curves(trainer.history, trainer.folder / "curves.png")
 
@@ -965,6 +972,8 @@ def train(stack):
         if trainer.history and is_main():                 # whatever came after the checkpoint's writing may be missing
             save_history(trainer.history, folder / "history.csv")
             save_curves(trainer.history, folder / "curves.png")
+            if pictures_due(trainer):
+                save_images(trainer, held_out, None)
     stop = StopRequest()
     if args.compile:
         compile_step(trainer, (batch_size // process_count(), *data.shape), amp)
@@ -1012,7 +1021,7 @@ def train(stack):
         if is_best:                                       # after last.pth, from which restore() can make it again
             trainer.save_best()
         if is_main():
-            record(trainer, row, held_out, log, writer, at_end)
+            record(trainer, row, held_out, log, writer)
         if args.check_every and trainer.epoch % args.check_every == 0:
             self_check(model)
         if stop.asked():
