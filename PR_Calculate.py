@@ -41,7 +41,6 @@ from utils import (
     decode_images,
     extract_features,
     frechet_distance,
-    hub_file,
     list_images,
     load_hub_weights,
     mean_and_covariance,
@@ -50,7 +49,7 @@ from utils import (
     read_image,
     read_json,
     run,
-    sha256_file,
+    weights_title,
     writable_folder,
     write_json,
 )
@@ -614,11 +613,12 @@ class VGG16Features:
 
     def __init__(self, device):
         from torchvision.models import VGG16_Weights, vgg16
-        net = load_hub_weights(self.FILE, "use --features inception", lambda: vgg16(weights=VGG16_Weights.IMAGENET1K_V1))
+        net, self.sha256 = load_hub_weights(self.FILE, "use --features inception",
+                                            lambda: vgg16(weights=VGG16_Weights.IMAGENET1K_V1))
         net.classifier = net.classifier[:5]                   # fc1, ReLU, dropout, fc2, ReLU
         self.model, self.device, self.dims = net.to(device).eval(), device, 4096
-        self.sha256 = sha256_file(hub_file(self.FILE))
-        self.name = f"torchvision VGG16 ({self.FILE}), fc2 after ReLU, bilinear 224 with antialias, ImageNet normalisation"
+        self.name = (f"torchvision VGG16 ({weights_title(self.FILE, self.sha256)}), fc2 after ReLU, bilinear 224 with "
+                     f"antialias, ImageNet normalisation")
         self.key = f"vgg16-fc2-bilinear224aa-{self.sha256}"
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
         self.std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)

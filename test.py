@@ -1118,7 +1118,7 @@ def export_and_measure(args, locks):
             f"{len(sets['test']):,} held-out images, {'x'.join(map(str, sets['train'].shape))}")
     say(f"results     {folder}")
     provenance = {"checkpoint": str(args.resume), **identity, "epoch": checkpoint["epoch"], "seed": args.seed,
-                  "training_seed": checkpoint["args"].get("seed"),
+                  "training_seed": checkpoint["args"].get("seed"), "lpips_sha256": checkpoint.get("lpips_id"),
                   "device": str(device),
                   "versions": {"python": platform.python_version(), "numpy": np.__version__}
                   | {name: version(name) for name in ("torch", "torchvision", "pytorch-fid")}}

@@ -39,6 +39,7 @@ from utils import (
     FlagParser,
     InceptionFeatures,
     LatentHealth,
+    MemoryImages,
     UserError,
     add_data_flags,
     add_device_flag,
@@ -50,6 +51,7 @@ from utils import (
     frechet_distance,
     gather,
     generate_images,
+    hub_file,
     image_grid,
     is_main,
     join_processes,
@@ -69,6 +71,7 @@ from utils import (
     to_float,
     to_uint8,
     true_false,
+    weights_title,
     writable_folder,
     write_json,
 )
@@ -333,12 +336,13 @@ def model_args_of(args):
 
 
 def build_lpips(net, linear, device, shape):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) as loss(a, b) -> (B,), for images (B, C, H, W) in [-1, 1]."""
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) as loss(a, b) -> (B,), for images (B, C, H, W) in [-1, 1]; its
+    attribute sha256 is that of its trunk's weights."""
     if net == "none":
         return None
     import lpips
-    model = load_hub_weights(LPIPS_FILES[net], "use --lpips_net none",
-                             lambda: lpips.LPIPS(net=net, lpips=linear, verbose=False))
+    model, digest = load_hub_weights(LPIPS_FILES[net], "use --lpips_net none",
+                                     lambda: lpips.LPIPS(net=net, lpips=linear, verbose=False))
     model = model.to(device).requires_grad_(False)
 
     def loss(a, b):
@@ -348,16 +352,20 @@ def build_lpips(net, linear, device, shape):
         loss(*torch.zeros(2, 1, *shape, device=device))
     except RuntimeError:
         raise UserError(f"--lpips_net {net} needs larger images than --img_size {shape[1]}; use another net or none") from None
+    loss.sha256 = digest
     return loss
 
 
 def loss_parts(args, model, lpips, x, out):
     """What the objective is made of, each the mean over the batch: pixel (sum over the pixels of an image), LPIPS, and
-    the one-sample KL with its parts, in nats; and, for --balance, the mean responsibilities (K,)."""
-    recon = out.recon.float()
-    difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
-    pixel = difference.sum((1, 2, 3)).mean()
-    perceptual = lpips(recon, x).mean() if lpips else pixel.new_zeros(())
+    the one-sample KL with its parts, in nats; and, for --balance, the mean responsibilities (K,). Pixel and LPIPS are 0
+    where nothing was decoded (--fit_prior)."""
+    pixel = perceptual = out.mu.new_zeros(())
+    if out.recon is not None:
+        recon = out.recon.float()
+        difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
+        pixel = difference.sum((1, 2, 3)).mean()
+        perceptual = lpips(recon, x).mean() if lpips else perceptual
     kl, log_q0, log_det, log_p = (part.mean() for part in model.kl_terms(out))
     usage = model.responsibilities(out).mean(0) if args.balance else None                       # (K,)
     return {"pixel": pixel, "LPIPS": perceptual, "KL_Raw": kl, "log_q0": log_q0, "log_det": log_det, "log_p": log_p}, usage
@@ -403,6 +411,31 @@ def start_prior(args, model, data):
     model.init_prior((images + noise).to(next(model.parameters()).device))
 
 
+class PriorFit(torch.nn.Module):
+    """What a training step of --fit_prior calls: the model between its frozen encoder and decoder."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, eps):
+        """x (B, 2, D, F), mu and logvar as encode_all leaves them, the first of the F; eps (B, D) -> VAEOutput."""
+        return self.model.carry(*x[..., 0].unbind(1), eps)
+
+
+@torch.no_grad()
+def encode_all(args, model, data, device):
+    """The posteriors of a data set, float32 (N, 2, D, F): mu and logvar of the image and, with --flip, of its mirror
+    image. A second stage trains on them, since the encoder no longer moves; flipping the last axis flips the image."""
+    size = images_at_a_time(args.img_size)                # not --eval_batch_size, which may change when a run is resumed
+    posteriors = []
+    for batch in tqdm(data.batches(torch.arange(len(data)).split(size), device), total=math.ceil(len(data) / size),
+                      desc="encoding", leave=False, disable=not is_main()):
+        x = to_float(batch)
+        posteriors.append(torch.stack([torch.stack(model.encode(y), 1) for y in ([x, x.flip(3)] if args.flip else [x])], 3))
+    return MemoryImages(torch.cat(posteriors).cpu(), device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything that a checkpoint holds, and where it goes
 
@@ -423,6 +456,7 @@ class Trainer:
 
     def __init__(self, args, model, lpips, steps_per_epoch, batch_size, folder, data_id):
         self.args, self.model, self.folder, self.data_id = args, model, folder, data_id
+        self.lpips_id = lpips.sha256 if lpips else None
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.device = next(model.parameters()).device
         self.network, self.criterion = model, functools.partial(loss_parts, args, model, lpips)
@@ -506,7 +540,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if optimizer else None,
             "epoch": self.epoch, "step": self.step, "best_fid": self.best_fid, "history": self.history,
             "model_args": model_args_of(self.args), "args": vars(self.args),
-            "data_id": self.data_id, "epoch_sums": self.sums.cpu(),
+            "data_id": self.data_id, "lpips_id": self.lpips_id, "epoch_sums": self.sums.cpu(),
         }
 
     def save(self):
@@ -533,6 +567,9 @@ class Trainer:
     def restore(self, checkpoint, path):
         if checkpoint.get("data_id") != self.data_id:
             raise UserError(f"--data_dir {self.args.data_dir}: not the images that {path} was trained on")
+        if checkpoint.get("lpips_id", self.lpips_id) != self.lpips_id:
+            raise UserError(f"--lpips_net {self.args.lpips_net}: {path} was trained with other weights than those in "
+                            f"{hub_file(LPIPS_FILES[self.args.lpips_net])} (SHA-256 {str(checkpoint['lpips_id'])[:8]}...)")
         groups, schedule = self.optimizer.state_dict()["param_groups"], self.scheduler.state_dict()
         try:
             self.model.load_state_dict(checkpoint["model"])
@@ -614,7 +651,8 @@ def backward(trainer, x, eps, amp):
 
 
 def train_step(trainer, batch, amp):
-    """One optimiser step on this process's share of a batch, uint8 (B, C, H, W). Nothing here waits for the device.
+    """One optimiser step on this process's share of a batch, uint8 (B, C, H, W), or posteriors as encode_all leaves them.
+    Nothing here waits for the device.
 
     Flips and noise depend on (seed, step, position in the global batch) alone, so that a resumed run repeats them,
     whatever the number of processes.
@@ -622,7 +660,7 @@ def train_step(trainer, batch, amp):
     args, device = trainer.args, trainer.device
     generator = seeded(device, args.seed, "step", trainer.step)
     n, mine = trainer.batch_size, my_share(trainer.batch_size)
-    x = to_float(batch)
+    x = to_float(batch) if batch.dtype == torch.uint8 else batch
     if args.flip:
         flipped = torch.rand(n, 1, 1, 1, generator=generator, device=device)[mine] < 0.5
         x = torch.where(flipped, x.flip(3), x)
@@ -663,6 +701,11 @@ def train_epoch(trainer, data, amp, stop):
     taken = max(1.0, trainer.steps_per_epoch - sums["skipped"])
     means = {name: value / (taken if name == "grad_norm" else trainer.steps_per_epoch) for name, value in sums.items()}
     return means | {"skipped": round(sums["skipped"])}, done * size / (time.monotonic() - start)
+
+
+def images_at_a_time(img_size):
+    """How many images fit where no gradient is kept: 500 of 32x32, fewer of larger ones."""
+    return max(1, min(500, 500 * 32 ** 2 // max(img_size, 1) ** 2))
 
 
 class Stopped(Exception):
@@ -817,9 +860,9 @@ def record(trainer, row, held_out, log, writer):
 def log_line(args, row):
     """One line of train_log.txt."""
     skipped = f" | skipped {row['skipped_steps']}" if args.skip_grad_norm else ""
-    lpips, fid = ("off" if v is None else f"{v:.4f}" for v in (row["lpips"], row["fid"]))
+    pixel, lpips, fid = ("off" if v is None else f"{v:.4f}" for v in (row["recon"], row["lpips"], row["fid"]))
     return (f"epoch {row['epoch']}/{args.epochs} | beta {row['beta']:.4f} | lr {row['lr']:.3g} | train_loss "
-            f"{row['train_loss']:.3f} | val_loss {row['val_loss']:.3f} | pixel {row['recon']:.3f} | LPIPS {lpips} | "
+            f"{row['train_loss']:.3f} | val_loss {row['val_loss']:.3f} | pixel {pixel} | LPIPS {lpips} | "
             f"KL_Raw {row['kl_raw']:.3f} | log_det {row['log_det']:.3f} | active {row['active_units']} | components "
             f"{row['effective_components']:.1f}{skipped} | FID {fid if row['fid'] is not None else '-'} | "
             f"{row['img_per_s']:.0f} img/s")
@@ -885,6 +928,9 @@ def print_plan(args, trainer, data, held_out, amp):
     fid = f"every {args.fid_every} epochs, {args.fid_samples:,} samples" if args.fid_every else "off"
     options = [f"{process_count()} processes"] * (process_count() > 1) + ["bf16 autocast" if amp else "float32"]
     options += [text for text in ("channels_last", "compile", "deterministic") if getattr(args, text)]
+    lpips = "no LPIPS"
+    if args.lpips_net != "none":
+        lpips = f"{args.lpips_weight:g} LPIPS-{args.lpips_net} ({weights_title(LPIPS_FILES[args.lpips_net], trainer.lpips_id)})"
     print(f"""\
 run         {trainer.folder} (seed {args.seed})
 data        {args.dataset}: {len(data):,} training images, {n_val:,} for validation, {'x'.join(map(str, data.shape))}, \
@@ -892,7 +938,7 @@ kept on {kept}, flips {'on' if args.flip else 'off'}
 model       {sum(parts.values()) / 1e6:.2f} M parameters: {', '.join(f'{k} {v / 1e6:.2f}' for k, v in parts.items() if v)}
 prior       {args.prior}{f', {model.num_components} components' if args.prior != 'standard' else ''}; flow \
 {f'of {args.flow_length} layers, prior {args.flow_prior}, context {args.flow_context}' if args.flow_length else 'off'}
-loss        {args.recon_loss} + {f'{args.lpips_weight:g} LPIPS-{args.lpips_net}' if args.lpips_net != 'none' else 'no LPIPS'} \
+loss        {args.recon_loss} + {lpips} \
 + beta max(KL - {args.free_bits * args.latent_dim:g}, 0), beta to {args.beta_max:g} over {args.warmup_epochs:g} epochs
 training    {args.epochs} epochs of {steps} steps of {trainer.batch_size} images\
 {f' ({left_out} images, others each time, left out of an epoch)' if left_out else ''}
@@ -913,7 +959,7 @@ def train(stack):
         args.flip = args.dataset != "digits"
     first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
     args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
-    args.eval_batch_size = args.eval_batch_size or max(1, min(500, 500 * 32 ** 2 // max(args.img_size, 1) ** 2))
+    args.eval_batch_size = args.eval_batch_size or images_at_a_time(args.img_size)
     check_flags(args, given)
     device = join_processes(args.device)
     if args.threads:
@@ -975,15 +1021,18 @@ def train(stack):
             if pictures_due(trainer):
                 save_images(trainer, held_out, None)
     stop = StopRequest()
+    stock = data                                          # what the steps train on
+    if args.fit_prior:
+        trainer.network, stock = PriorFit(model), encode_all(args, model, data, device)
     if args.compile:
-        compile_step(trainer, (batch_size // process_count(), *data.shape), amp)
+        compile_step(trainer, (batch_size // process_count(), *stock.shape), amp)
     if process_count() > 1:
         trainer.network = torch.nn.parallel.DistributedDataParallel(
             trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     if is_main():
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device),
-                                          "processes": process_count()})
+                                          "processes": process_count(), "lpips_sha256": trainer.lpips_id})
     writer = open_tensorboard(args, folder, trainer.epoch) if is_main() else None
     log = open(folder / "train_log.txt" if is_main() else os.devnull, "w" if checkpoint is None else "a", encoding="utf-8",
                errors="backslashreplace")
@@ -992,13 +1041,14 @@ def train(stack):
     # -- the epochs -----------------------------------------------------------------------------------------------
     last_epoch = args.stop_epoch or args.epochs
     while trainer.epoch < last_epoch:
-        trained = train_epoch(trainer, data, amp, stop)
+        trained = train_epoch(trainer, stock, amp, stop)
         if trained is None:
             break
         means, speed = trained
         row = dict.fromkeys(COLUMNS)
         row.update(epoch=trainer.epoch + 1, beta=trainer.beta(), lr=trainer.scheduler.get_last_lr()[0],
-                   train_loss=means["loss"], recon=means["pixel"], lpips=means["LPIPS"] if lpips else None,
+                   train_loss=means["loss"], recon=None if args.fit_prior else means["pixel"],
+                   lpips=means["LPIPS"] if lpips and not args.fit_prior else None,
                    kl_raw=means["KL_Raw"], kl_optim=means["KL_optim"], floor_share=means["under_floor"], img_per_s=speed,
                    skipped_steps=means["skipped"],
                    **{k: means[k] for k in ("log_q0", "log_det", "log_p", "balance", "grad_norm")})

@@ -45,7 +45,8 @@ __all__ = [
     "save_png", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "load_model", "LatentHealth",
-    "hub_file", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance", "frechet_distance",
+    "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance",
+    "frechet_distance",
     "cached_statistics",
 ]
 
@@ -958,16 +959,27 @@ def hub_file(name):
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def load_hub_weights(name, without, build):
-    """build(), which loads the hub's weights file `name`, downloading it if need be.
+def weights_title(name, digest):
+    """How a report names a hub's weights file with this SHA-256, whose beginning the published file has in its name."""
+    return name if digest.startswith(Path(name).stem.rsplit("-", 1)[-1]) else f"{name}, a stand-in of that name"
 
-    Raises UserError that names the file, where it goes, and the flag (`without`) that does without it.
+
+def load_hub_weights(name, without, build):
+    """(build(), SHA-256 of the file): build loads the hub's weights file `name`, downloading it if need be.
+
+    Says aloud if another file lies under that name. Raises UserError that names the file, where it goes, and the flag
+    (`without`) that does without it.
     """
     path = hub_file(name)
     try:
         with warnings.catch_warnings(), tensors_only():
             warnings.simplefilter("ignore")               # lpips calls torchvision's deprecated spelling
-            return build()
+            model = build()
+        digest = sha256_file(path)
+        if weights_title(name, digest) != name and is_main():
+            print(f"note: {path} is a stand-in, not the published file of that name (SHA-256 {digest[:8]}...): numbers that "
+                  f"depend on it compare with one another only", file=sys.stderr)
+        return model, digest
     except (URLError, TimeoutError, ConnectionError) as e:
         raise UserError(f"the weights {name} are neither at {path} nor can they be downloaded ({e}); put the file "
                         f"there, or {without}") from None
@@ -1002,10 +1014,11 @@ class InceptionFeatures:
     def __init__(self, device, dims=2048, without="use --fid_every 0"):
         from pytorch_fid.inception import InceptionV3
         block = InceptionV3.BLOCK_INDEX_BY_DIM[dims]
-        self.model = load_hub_weights(INCEPTION_FILE, without, lambda: InceptionV3([block])).to(device).eval()
+        model, self.sha256 = load_hub_weights(INCEPTION_FILE, without, lambda: InceptionV3([block]))
+        self.model = model.to(device).eval()
         self.device, self.dims = device, dims
-        self.sha256 = sha256_file(hub_file(INCEPTION_FILE))
-        self.name = f"pytorch-fid InceptionV3 ({INCEPTION_FILE}), {dims} dimensions, bilinear 299 without antialias"
+        self.name = (f"pytorch-fid InceptionV3 ({weights_title(INCEPTION_FILE, self.sha256)}), {dims} dimensions, bilinear 299 "
+                     f"without antialias")
         self.key = f"inception-{dims}-bilinear299-{self.sha256}"
 
     @torch.no_grad()

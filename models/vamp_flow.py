@@ -393,7 +393,7 @@ class Decoder(nn.Module):
 # The model
 
 class VAEOutput(NamedTuple):
-    recon: torch.Tensor         # (B, C, H, W) in [-1, 1]
+    recon: torch.Tensor | None  # (B, C, H, W) in [-1, 1], None where nothing is decoded
     mu: torch.Tensor            # (B, D) of q(z0|x)
     logvar: torch.Tensor        # (B, D) of q(z0|x)
     z0: torch.Tensor            # (B, D) sample of q(z0|x)
@@ -528,13 +528,14 @@ class CrossFlowVampVAE(nn.Module):
 
     @torch.no_grad()
     def init_prior(self, images):
-        """Start the K components at these images (K, C, H, W): as pseudo-inputs, or (mog) at their posteriors."""
+        """Start the K components at these images (K, C, H, W): as pseudo-inputs, or (mog) at their posteriors' means, each
+        as wide as all of them together, since of narrow ones the widest would take all responsibility."""
         if self.prior == "vamp":
             self.pseudo_raw.copy_(images.clamp(-1, 1))
         elif self.prior == "mog":
             mu, logvar = self.encode(images)
             self.prior_mu.copy_(mu)
-            self.prior_logvar.copy_(logvar)
+            self.prior_logvar.copy_((logvar.exp().mean(0) + mu.var(0, unbiased=False)).log())
 
     def prior_params(self):
         """mu_k, logvar_k of the prior's components, (K, D) each; (1, D) of zeros for the standard prior."""
@@ -630,9 +631,14 @@ class CrossFlowVampVAE(nn.Module):
         else:
             mu, logvar, context = self.posterior(x)
             mu_k, logvar_k = self._free_prior_params() if prior is None else prior
-        z0 = mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if eps is None else eps)       # (B, D)
+        out = self.carry(mu, logvar, torch.randn_like(mu) if eps is None else eps, (mu_k, logvar_k), context)
+        return out._replace(recon=self.decode(self.seen_by_decoder(out.z0, out.zK)))
+
+    def carry(self, mu, logvar, eps, prior=None, context=None):
+        """Posteriors (B, D), (B, D) and noise (B, D) -> VAEOutput without recon: all that the KL and the prior need."""
+        z0 = mu + torch.exp(0.5 * logvar) * eps                                                  # (B, D)
         zK, log_det = self.apply_flow(z0, context)
-        return VAEOutput(self.decode(self.seen_by_decoder(z0, zK)), mu, logvar, z0, zK, log_det, mu_k, logvar_k)
+        return VAEOutput(None, mu, logvar, z0, zK, log_det, *(self.prior_params() if prior is None else prior))
 
     def mixture_latent(self, out):
         """The latent at which the mixture lives: zK, or z0 where the prior is pushed through the flow. (B, D)"""

@@ -21,6 +21,8 @@ from utils import (
     list_images,
     load_hub_weights,
     mean_and_covariance,
+    sha256_file,
+    weights_title,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,6 +91,23 @@ def test_damaged_or_malicious_weights_are_named_and_do_nothing(tmp_path, monkeyp
     with pytest.raises(UserError, match="damaged, or not the weights"):
         load()
     assert not (tmp_path / "harm").exists()
+
+
+def test_published_weights_are_told_from_stand_ins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    content = {"weight": torch.arange(3.0)}
+    other = hub_file("net-01234567.pth")
+    other.parent.mkdir(parents=True)
+    torch.save(content, other)
+    digest = sha256_file(other)
+    published = hub_file(f"net-{digest[:8]}.pth")
+    published.write_bytes(other.read_bytes())
+    loaded, found = load_hub_weights(published.name, "leave it out", lambda: torch.load(published))
+    assert loaded["weight"].tolist() == [0, 1, 2] and found == digest
+    assert capsys.readouterr().err == "" and weights_title(published.name, digest) == published.name
+    load_hub_weights(other.name, "leave it out", lambda: torch.load(other))
+    assert f"note: {other} is a stand-in" in capsys.readouterr().err
+    assert weights_title(other.name, digest) == "net-01234567.pth, a stand-in of that name"
 
 
 def test_inception_weights_are_loaded_through_the_checks(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """train.py through its real command line, on data made here."""
+import argparse
 import csv
 import io
 import json
@@ -18,8 +19,8 @@ from conftest import write_images
 from PIL import Image
 
 import train
-from models.vamp_flow import CrossFlowVampVAE
-from utils import UserError, generate_images, load_model, save_png
+from models.vamp_flow import CrossFlowVampVAE, perturb_
+from utils import MemoryImages, UserError, generate_images, hub_file, load_model, save_png, sha256_file, to_float
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_dims", "8", "12", "--latent_dim", "4", "--num_components", "5", "--flow_length", "2", "--flow_seq_len", "1",
@@ -216,6 +217,22 @@ def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(monkeypatch, tmp_pa
     assert not torch.allclose(uniform(a, b), theirs)
     with pytest.raises(UserError, match="--lpips_net squeeze needs larger images"):
         train.build_lpips("squeeze", True, torch.device("cpu"), (1, 4, 4))
+
+
+def test_stand_in_for_lpips_is_named_and_may_not_change_on_the_way(monkeypatch, tmp_path, fake_hub, capsys):
+    fake_hub.squeezenet()
+    flags = ["--dataset", "digits", "--img_size", 32, *TINY, "--lpips_net", "squeeze", "--epochs", 2, "--stop_epoch", 1,
+             "--batch_size", 800, "--sample_every", 0, "--no-tensorboard", "--val_images", 20]
+    main(monkeypatch, tmp_path, *flags)
+    said = capsys.readouterr()
+    assert "squeezenet1_1-b8a52dc0.pth is a stand-in, not the published file" in said.err
+    assert "LPIPS-squeeze (squeezenet1_1-b8a52dc0.pth, a stand-in of that name)" in said.out
+    folder, digest = tmp_path / "results/CrossVampVAE", sha256_file(hub_file("squeezenet1_1-b8a52dc0.pth"))
+    assert json.loads((folder / "args.json").read_text())["lpips_sha256"] == digest == weights(folder / "last.pth")["lpips_id"]
+    path = hub_file("squeezenet1_1-b8a52dc0.pth")
+    torch.save({k: v + 0.01 for k, v in torch.load(path).items()}, path)
+    with pytest.raises(UserError, match=f"--lpips_net squeeze: .*last.pth was trained with other weights .*{digest[:8]}"):
+        main(monkeypatch, tmp_path, "--resume", "auto")
 
 
 # -- stopping and resuming --------------------------------------------------------------------------------------------
@@ -573,6 +590,26 @@ def test_second_stage_fits_the_prior_and_nothing_else(prior, data, monkeypatch, 
     assert float(rows[-1]["val_kl_raw"]) < float(rows[0]["val_kl_raw"])
     model, _ = load_model(tmp_path / "results/second/last.pth", "cpu")
     assert model.sample(3, generator=torch.Generator().manual_seed(0)).isfinite().all()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_second_stage_trains_on_the_posteriors_of_images_and_their_mirror_images(flip):
+    torch.manual_seed(0)
+    model = CrossFlowVampVAE(3, 8, 4, (8,), num_components=3, flow_length=1, flow_seq_len=1, flow_embed_dim=8,
+                                   flow_heads=2, flow_layers=1, decode_from="z0")
+    perturb_(model, 0.05, torch.Generator().manual_seed(0))
+    images = MemoryImages(torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8))
+    stock = train.encode_all(argparse.Namespace(flip=flip, img_size=8), model, images, torch.device("cpu"))
+    x, eps = to_float(images.images), torch.randn(7, 4)
+    network = train.PriorFit(model)
+    for seen, stored in [(x, stock.images)] + [(x.flip(3), stock.images.flip(3))] * flip:
+        found, wanted = network(stored, eps), model(seen, eps)
+        assert found.recon is None
+        for ours, theirs in zip(model.kl_terms(found), model.kl_terms(wanted)):
+            assert torch.allclose(ours, theirs, atol=1e-4)
+    assert stock.shape == (2, 4, 1 + flip)
+    if flip:
+        assert not torch.allclose(stock.images[..., 0], stock.images[..., 1], atol=1e-3)
 
 
 def test_second_stage_refuses_what_it_cannot_continue(data, monkeypatch, tmp_path):
