@@ -136,6 +136,8 @@ def build_parser():
     group.add_argument("--real_split", choices=("train", "test"), default="train", help="which real images")
     group.add_argument("--recon_split", choices=("train", "test"), default="train",
                        help="which images are reconstructed")
+    group.add_argument("--recon_latent", choices=("mean", "sample"), default="mean",
+                       help="reconstruct from the posterior's mean, or from a sample of it, as in training")
     group.add_argument("--recon_flow", choices=("used", "bypassed"), default="used",
                        help="bypassed: the decoder is given z0 as it is, which shows how much it leans on the flow")
     group.add_argument("--num_samples", type=int, default=50000, help="generated images")
@@ -408,10 +410,18 @@ def plan_exports(args, model, sets, identity):
         source = sets[args.recon_split]
         picked = spread(args.num_recon, len(source))
         device = next(model.parameters()).device
+        latent, noise = "posterior mean", torch.zeros(len(picked), 0)
+        if args.recon_latent == "sample":
+            latent = f"one sample of the posterior, seed {args.seed}"
+            noise = torch.randn(len(picked), model.latent_dim, generator=seeded("cpu", args.seed, "reconstructions"))
+
+        def reconstructions(start, stop):
+            chosen, eps = (x[start:stop].split(args.gen_batch_size) for x in (picked, noise))
+            for batch, e in zip(source.batches(chosen, device), eps):
+                yield reconstruct(model, batch, e.to(device) if e.numel() else None, flow)
+
         add("recon", manifest("reconstructions", len(picked), **identity, split=args.recon_split,
-                              data=source.fingerprint, latent="posterior mean" + ("" if flow else ", flow bypassed")),
-            lambda start, stop: (reconstruct(model, batch, flow=flow) for batch in
-                                 source.batches(picked[start:stop].split(args.gen_batch_size), device)))
+                              data=source.fingerprint, latent=latent + ("" if flow else ", flow bypassed")), reconstructions)
     return exports
 
 

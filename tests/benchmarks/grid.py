@@ -277,7 +277,7 @@ class Pair:
         grid, args, real = self.grid, self.grid.args, self.grid.real
         # These folders are the grid's own: an older export in them, of fewer samples perhaps, may be replaced.
         export = ["--export_dir", str(self.images), "--overwrite", "--do_real", "False", "--do_recon", "True",
-                  "--recon_split", "test"]
+                  "--recon_split", "test", "--recon_latent", "sample"]
         steps = [("export", self.test_command(*export, "--fake_dirname", "samples", "--num_samples", str(args.num_samples),
                                               "--recon_dirname", "reconstructions", "--do_pictures", str(args.do_pictures),
                                               "--diagnose"), None),
@@ -466,9 +466,9 @@ def markdown(table, records, out):
     if distances:
         held_out = len(list((out / "images" / "real_test").glob("*.png")))
         lines += ["", f"Distances: to the {held_out:,} held-out images (_samples: prior samples; _recon: their "
-                  f"reconstructions; _bypassed: these without the flow), and of the samples to training images (_train). A "
-                  f"Fréchet distance depends on the number of images on each side. Command, folders left out: "
-                  f"{distinct(distances)}"]
+                  f"reconstructions from posterior samples; _bypassed: these without the flow), and of the samples to "
+                  f"training images (_train). A Fréchet distance depends on the number of images on each side. Command, "
+                  f"folders left out: {distinct(distances)}"]
     lines += ["", f"- samples: {distinct([r['num_samples'] for r in records], '')}",
               f"- common flags: {distinct(r['common'] for r in records)}",
               f"- commit: {distinct([entry['commit'] for entry in steps], '')}",
