@@ -84,6 +84,9 @@ DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[24, 48,
             epochs=30, warmup_epochs=0, beta_max=0.4, free_bits=0.0, lr=2e-3, ema_decay=0.99, batch_size=64,
             sample_every=10, threads=1, overwrite=True)
 
+# What --preset changes in the published recipe; any flag beside it still wins.
+PRESETS = {"best": dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0)}
+
 # Flags that may differ when a run is resumed; the rest define the result, and a different value is refused by name.
 MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite", "stop_epoch", "demo", "threads", "amp",
               "compile", "channels_last", "deterministic", "num_workers", "tensorboard", "sample_every", "grid_images",
@@ -108,6 +111,8 @@ def build_parser():
 
     group = parser.add_argument_group("run")
     group.add_argument("--demo", action="store_true", help="digits and a small model; other flags still apply")
+    group.add_argument("--preset", choices=PRESETS, default=None,
+                       help="best: what beats the published recipe at equal cost (README.md, Results); other flags still apply")
     group.add_argument("--exp_name", default="CrossVampVAE", help="the run's folder under save_dir")
     group.add_argument("--save_dir", default="./results", help="where runs are kept")
     group.add_argument("--resume", metavar="PATH", help="a checkpoint to go on from, or auto: the run's own last.pth")
@@ -205,9 +210,11 @@ def parse_args(argv=None):
     for action in silent._actions:
         action.default = argparse.SUPPRESS
     given = set(vars(silent.parse_args(argv)))
-    if parser.parse_args(argv).demo:
+    first = parser.parse_args(argv)
+    if first.demo:
         # Running the demo twice is no accident; a run with a name or place of its own is not to be lost.
         parser.set_defaults(**{**DEMO, "overwrite": not given & {"exp_name", "save_dir"}})
+    parser.set_defaults(**PRESETS.get(first.preset, {}))
     return parser.parse_args(argv), given
 
 
