@@ -12,19 +12,24 @@ Panels
     images       precision, recall, density and coverage of N real and N generated points, the three bare matrix products
                  that they cannot do without (both as in bench_pr.py), and an epoch of batches from memory (bench_data.py)
 
-All points of a panel take turns; the figure shows medians, and the least and the most as thin bars. --small is the network of
-train.py --demo instead of the default one; flags of train.py are taken too. report.py says what stands in the lines.
+All points of a panel take turns; the figure shows medians, with thin bars down to the best round. --lines FILE draws lines
+that an earlier run has printed. --small is the network of train.py --demo instead of the default one; flags of train.py are
+taken too. report.py says what stands in the lines.
 """
 import argparse
 import copy
+import io
+import json
 import statistics
+from pathlib import Path
 
 import numpy as np
 import torch
 from bench_data import epoch_from_memory
 from bench_pr import bare_products, make
 from bench_train import Fast, Plain, random_lpips
-from report import device_name, report, take_turns
+from PIL import Image
+from report import report, take_turns
 
 import train
 from PR_Calculate import manifold_metrics
@@ -67,7 +72,8 @@ def epoch(N, size, device):
 
 
 def curves_of(panel, args, flags, device):
-    """{label: {x: (work, images)}}, made when it is the panel's turn: all at once would not fit everywhere."""
+    """{label: {x: (work, images)}}, made when it is the panel's turn: all at once would not fit everywhere. The second curve,
+    where there is one, is the plain way of the first."""
     size, dims = flags.img_size, args.dims
     if panel == "batch":
         return {"train.py": {x: step(flags, device, batch_size=x) for x in args.batch_sizes},
@@ -82,29 +88,35 @@ def curves_of(panel, args, flags, device):
 
 
 def measure(panel, args, flags, device):
-    """{label: {x: (images, seconds of the rounds)}} of a panel, each point printed."""
+    """The lines of a panel, each printed."""
     curves = curves_of(panel, args, flags, device)
     points = [(label, x, *what) for label, curve in curves.items() for x, what in curve.items()]
     timings = take_turns([work for _, _, work, _ in points], args.rounds, device)
-    results = {label: {} for label in curves}
+    measured = {(label, x): timing for (label, x, *_), timing in zip(points, timings)}
+    first, *others = curves
+    lines = []
     for (label, x, _, count), timing in zip(points, timings):
-        results[label][x] = count, timing.seconds
-        report(panel, count, timing, device, curve=label, value=x, seconds=statistics.median(timing.seconds),
-               img_size=flags.img_size, hidden_dims=flags.hidden_dims, lpips=flags.lpips_net,
-               batch_size=x if panel == "batch" else flags.batch_size)
-    return results
+        plain = measured[others[0], x] if others and label == first else None
+        lines.append(report(panel, count, timing, device, plain, curve=label, value=x,
+                            seconds=statistics.median(timing.seconds), img_size=flags.img_size, hidden_dims=flags.hidden_dims,
+                            lpips=flags.lpips_net, batch_size=x if panel == "batch" else flags.batch_size))
+    return lines
 
 
-def draw(path, results, flags, device, note):
-    """The figure: one panel each, with axes that tell the law of growth."""
+def draw(path, lines, note):
+    """The figure of these lines: one panel each, with axes that tell the law of growth."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+    results = {}
+    for line in lines:
+        results.setdefault(line["case"], {}).setdefault(line["curve"], []).append(line)
     titles = {
         "batch": ("Training: batch size", "images in a batch", "ms per image"),
         "components": ("Training: components of the prior", "K", "ms per step"),
         "flow": ("Training: flow length", "coupling layers", "ms per step"),
-        "images": ("Number of images", "images (on each side)", "seconds"),
+        "images": ("Number of images", "N images (of the metrics: on each side)", "seconds"),
     }
     columns = min(2, len(results))
     rows = -(-len(results) // columns)
@@ -113,34 +125,41 @@ def draw(path, results, flags, device, note):
         ax.set_axis_off()
     for ax, (panel, curves) in zip(axes.flat, results.items()):
         title, xlabel, ylabel = titles[panel]
-        for (label, curve), colour, marker, line in zip(curves.items(), (BLUE, ORANGE, GREEN), "osD", ("-", "--", ":")):
-            x, counts = list(curve), np.array([count for count, _ in curve.values()])
-            unit = {"batch": 1e3 / counts, "images": 1.0}.get(panel, 1e3 * flags.batch_size / counts)
-            low, middle, high = (np.array([f(seconds) for _, seconds in curve.values()]) * unit
-                                 for f in (min, statistics.median, max))
-            ax.errorbar(x, middle, [middle - low, high - middle], color=colour, marker=marker, linestyle=line, markersize=5,
-                        elinewidth=0.8, capsize=2, label=label)
+        for (label, curve), colour, marker, style in zip(curves.items(), (BLUE, ORANGE, GREEN), "osD", ("-", "--", ":")):
+            x = [line["value"] for line in curve]
+            # What a point's seconds are of: an image, a step (of which a point may be several), or all that is counted.
+            parts = [{"batch": line["count"], "images": 1e3}.get(panel, line["count"] / line["batch_size"]) for line in curve]
+            middle = np.array([1e3 * line["seconds"] / part for line, part in zip(curve, parts)])
+            best = np.array([1e3 * line["count"] / line["best_per_second"] / part for line, part in zip(curve, parts)])
+            ax.errorbar(x, middle, [(middle - best).clip(0), 0 * best], color=colour, marker=marker, linestyle=style,
+                        markersize=5, elinewidth=0.8, capsize=2, label=label)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         if panel in ("batch", "images"):
             ax.set(xscale="log", yscale="log")
         else:
-            ax.set(xlim=(0, None), ylim=(0, None))
-        if panel == "batch":
+            ax.set(ylim=(0, None))
+        if panel == "batch":                                    # less than two decades
             ax.set_xticks(x, x)
-            ax.minorticks_off()
+            ax.set_xticks([], minor=True)
+            ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
         if panel == "images":                                   # the metrics compare all pairs, an epoch sees each once
-            for power, curve in zip((2, 1), (*curves.values(),)[::2]):
-                last = statistics.median(curve[x[-1]][1])
-                ax.plot(x, [last * (n / x[-1]) ** power for n in x], color="#999999", linewidth=0.8, zorder=0)
-                ax.annotate("N²" if power == 2 else "N", (x[0], last * (x[0] / x[-1]) ** power), xytext=(-4, 0), fontsize=8,
-                            textcoords="offset points", ha="right", va="center", color="#666666")
+            ax.margins(x=0.12)
+            ax.set_ylim(top=10 * ax.get_ylim()[1])              # room for the legend
+            metrics, _, epoch_of = curves.values()
+            for curve, power, law in ((metrics, 2, "N²"), (epoch_of, 1, "N")):
+                y = [curve[-1]["seconds"] * (n / x[-1]) ** power for n in x]
+                ax.plot(x, y, color="#999999", linewidth=0.8, zorder=0)
+                ax.annotate(law, (x[0], y[0]), (-4, 0), textcoords="offset points", ha="right", va="center", color="#666666")
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=7, frameon=False)
-    size = f"{flags.img_size}x{flags.img_size} images, channels {', '.join(map(str, flags.hidden_dims))}"
-    fig.suptitle(f"{device_name(device)}{', ' + note if note else ''}; {size}, "
-                 f"{'no LPIPS' if flags.lpips_net == 'none' else 'LPIPS'}\nmedians, with the least and the most of the rounds",
-                 fontsize=9)
-    fig.savefig(path, dpi=110)
+        ax.legend(fontsize=7, frameon=False, loc="upper right" if panel == "batch" else "upper left")
+    about = lines[0]
+    machine = f"{about['device']}, {about['threads']} thread{'s' * (about['threads'] > 1)}{', ' + note if note else ''}"
+    network = f"{about['img_size']}x{about['img_size']} images, channels {', '.join(map(str, about['hidden_dims']))}"
+    fig.suptitle(f"{machine}; {network}, {'no LPIPS' if about['lpips'] == 'none' else 'LPIPS'}\n"
+                 f"medians of {about['rounds']} rounds, the bars reach down to the best", fontsize=9)
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=110)
+    Image.open(picture).convert("RGB").quantize(64).save(path, "PNG", optimize=True)            # a third of the size
 
 
 def main():
@@ -155,14 +174,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", default=None, metavar="FILE.png")
+    parser.add_argument("--lines", default=None, metavar="FILE.jsonl", help="measure nothing, draw these")
     parser.add_argument("--note", default="", help="words about the machine for the figure's title")
     args, rest = parser.parse_known_args()
     flags, _ = train.parse_args([*(["--demo"] if args.small else []), *rest])
     flags.in_channels, flags.flip = 3, True
     device = pick_device(args.device)
-    results = {panel: measure(panel, args, flags, device) for panel in args.panels}
+    if args.lines:
+        lines = [json.loads(line) for line in Path(args.lines).read_text().splitlines()]
+    else:
+        lines = sum((measure(panel, args, flags, device) for panel in args.panels), [])
     if args.plot:
-        draw(args.plot, results, flags, device, args.note)
+        draw(args.plot, lines, args.note)
 
 
 if __name__ == "__main__":

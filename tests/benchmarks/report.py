@@ -91,7 +91,8 @@ def device_name(device):
 
 
 def report(case, count, timing, device, plain=None, plain_count=None, **more):
-    """Print the line of a case. count: images (or whatever is counted) of a round; more: further entries."""
+    """Print the line of a case; returns it as a dict. count: images (or whatever is counted) of a round; more: further
+    entries."""
     def numbers(prefix, timing, count):
         return {f"{prefix}per_second": rounded(count / statistics.median(timing.seconds)),
                 f"{prefix}best_per_second": rounded(count / min(timing.seconds)),
@@ -102,14 +103,16 @@ def report(case, count, timing, device, plain=None, plain_count=None, **more):
     if plain is not None:
         plain_count = plain_count or count
         line |= {**numbers("plain_", plain, plain_count), "ratio_to_plain": rounded(ratio(timing, plain) * count / plain_count)}
-    print_line(line | more | {"rounds": len(timing.seconds)}, device)
+    return print_line(line | more | {"rounds": len(timing.seconds)}, device)
 
 
 def print_line(line, device):
-    """A line that says where it was measured."""
+    """A line that says where it was measured; returns it."""
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
-    print(json.dumps({**line, "device": device_name(device), "threads": torch.get_num_threads(),
-                      "versions": {"python": platform.python_version(), **versions}}), flush=True)
+    line = {**line, "device": device_name(device), "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), **versions}}
+    print(json.dumps(line), flush=True)
+    return line
 
 
 def rounded(value):
