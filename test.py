@@ -4,7 +4,7 @@
         --save_dir ./results --num_samples 50000 --gen_batch_size 100 --real_dirname real_cifar \\
         --fake_dirname fake_cifar --do_recon False
     python test.py --resume results/demo/last.pth --num_samples 2000 --diagnose --nll --evaluate
-    torchrun --nproc_per_node=4 test.py --resume results/my_run/last.pth        exports shared out over four GPUs
+    torchrun --nproc_per_node=4 test.py --resume results/my_run/last.pth --evaluate     shared out over four GPUs
     python test.py --resume results/demo/last.pth --do_real False --do_pictures False --seed 1 --fake_dirname fake_seed1
 
 Writes to data_dir, or to export_dir (8-bit RGB PNG, 00000.png and up, with a manifest that says what they are)
@@ -201,8 +201,8 @@ def require_plain_name(what, name):
 
 
 def progress_bar(total, desc):
-    """A bar for eyes, not for log files."""
-    return tqdm(total=total, desc=desc, unit="img", disable=None, leave=False)
+    """A bar for eyes, not for log files; of the main process alone."""
+    return tqdm(total=total, desc=desc, unit="img", disable=None if is_main() else True, leave=False)
 
 
 def spread(n, total):
@@ -210,6 +210,12 @@ def spread(n, total):
     sorted by class, and the first n would show only one."""
     n = min(n or total, total)
     return torch.arange(n) * total // n
+
+
+def my_batches(n, size):
+    """Slices of range(n), `size` long but for the last: this process's share of them, in whole batches, since rounding
+    may depend on the size of a batch. All processes together have the batches of one."""
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)[my_share(-(-n // size))]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,20 +638,21 @@ def bounds_of(log_w):
 
 
 def estimate_nll(args, model, sets):
-    """The numbers of nll.json but the protocol."""
+    """The numbers of nll.json but the protocol; the held-out images are shared out over the processes."""
     train, test = sets["train"], sets["test"]
     device = next(model.parameters()).device
     scale = fit_scale(model, train, spread(args.nll_fit_images, len(train)), args.gen_batch_size, args.seed)
+    scale = gather(scale)[0]                                    # to the last bit everyone's
     indices = spread(args.nll_images, len(test))
-    parts, n = [], 0
-    with progress_bar(len(indices), f"log p(x), {args.nll_samples} samples each") as bar:
-        for batch in test.batches(indices.split(args.gen_batch_size), device):
-            for part in batch.split(8):                         # so that the bar moves
-                generators = [seeded("cpu", args.seed, "importance", i) for i in indices[n:n + len(part)].tolist()]
+    mine = [indices[b] for b in my_batches(len(indices), args.gen_batch_size)]
+    parts, n = [], len(indices)
+    with progress_bar(sum(map(len, mine)), f"log p(x), {args.nll_samples} samples each") as bar:
+        for batch, numbers in zip(test.batches(mine, device), mine):
+            for part, these in zip(batch.split(8), numbers.split(8)):                           # so that the bar moves
+                generators = [seeded("cpu", args.seed, "importance", i) for i in these.tolist()]
                 parts.append(importance_weights(model, part, scale, args.nll_samples, generators))
-                n += len(part)
                 bar.update(len(part))
-    iwae, elbo, effective = bounds_of(torch.cat(parts))
+    iwae, elbo, effective = bounds_of(torch.cat(sum(gather(parts), [])))
     values = math.prod(test.shape)
 
     def numbers(bound):
@@ -665,19 +672,26 @@ def estimate_nll(args, model, sets):
 # Evaluation
 
 def distinct_features(extractor, batches, total, seen, desc):
-    """Features (total, F) of uint8 batches. An image that occurs twice passes the network once (seen: content -> its
-    features): equal images must be equal points to the last bit, or ties between distances break at random."""
-    rows = []
+    """Features (N, F) of uint8 batches, `total` images in them; with several processes, of the batches of all, in order.
+
+    An image that occurs twice has one row of features (seen: content -> its features), whichever processes met it: equal
+    images must be equal points to the last bit, or ties between distances break at random.
+    """
+    keys, found = [], {}
     with progress_bar(total, desc) as bar:
         for batch in batches:
             batch = batch.cpu()
-            keys = [hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in batch.numpy()]
-            new = {key: i for i, key in enumerate(keys) if key not in seen}
+            these = [hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in batch.numpy()]
+            new = {key: i for i, key in enumerate(these) if key not in seen and key not in found}
             if new:
-                seen.update(zip(new, extractor(batch[list(new.values())]).numpy()))
-            rows += [seen[key] for key in keys]
+                found.update(zip(new, extractor(batch[list(new.values())]).numpy()))
+            keys += these
             bar.update(len(batch))
-    return np.stack(rows)
+    shares = gather((keys, found))
+    for _, others in shares:
+        for key, row in others.items():
+            seen.setdefault(key, row)                           # of the first process that met the image
+    return np.stack([seen[key] for share, _ in shares for key in share])
 
 
 def choose_images(args, total):
@@ -699,43 +713,49 @@ def project_equally(features, mu, components):
     return project(table, mu, components)[rows.reshape(-1)]
 
 
-def evaluate(args, model, data, extractor):
-    """(metrics, protocol) of samples against real images, one pass of features, and the three FIDs that show where
-    quality is lost: prior samples, decode(f(z0)) with z0 ~ q(z0|x), decode(z0)."""
+def evaluation_features(args, model, data, extractor):
+    """One pass over all images that --evaluate measures, shared out over the processes -> features (N, F) of real images
+    and of samples, (mean, covariance) of those of reconstructions by "used" or "bypassed", how they were chosen."""
     device, batch, seen = next(model.parameters()).device, args.gen_batch_size, {}
     reference, sources, how = choose_images(args, len(data))
     n = len(reference)                                          # on every side, so that the FIDs share their bias
     noise = torch.randn(n, model.latent_dim, generator=seeded("cpu", args.seed, "evaluation"))
+    mine = my_batches(n, batch)
+    total = sum(b.stop - b.start for b in mine)
 
     def reconstructions(flow):
-        done = 0
-        for images in data.batches(sources.split(batch), device):
-            yield reconstruct(model, images, noise[done:done + len(images)].to(device), flow)
-            done += len(images)
+        for images, b in zip(data.batches([sources[b] for b in mine], device), mine):
+            yield reconstruct(model, images, noise[b].to(device), flow)
 
     def samples():
         # In the batches of the export, since rounding may depend on the size of a batch.
-        left = n
-        for images in generate_images(model, max(n, args.num_samples), batch, args.seed, args.temperature):
-            yield images[:left]
-            left -= len(images)
-            if left <= 0:
-                return
+        first = mine[0].start if mine else 0
+        for b, images in zip(mine, generate_images(model, max(n, args.num_samples), batch, args.seed, args.temperature,
+                                                   first)):
+            yield images[:b.stop - b.start]
 
-    real = distinct_features(extractor, data.batches(reference.split(batch), torch.device("cpu")), n, seen,
+    real = distinct_features(extractor, data.batches([reference[b] for b in mine], torch.device("cpu")), total, seen,
                              "features of real images")
-    fake = distinct_features(extractor, samples(), n, seen, "features of samples")
-    statistics = mean_and_covariance(real)
+    fake = distinct_features(extractor, samples(), total, seen, "features of samples")
+    reconstructed = {}
+    for flow in ("used", "bypassed") if decodes_flow(model) else ("used",):
+        features = distinct_features(extractor, reconstructions(flow == "used"), total, {},
+                                     f"features of reconstructions, flow {flow}")
+        reconstructed[flow] = mean_and_covariance(features)
+    return real, fake, reconstructed, how
+
+
+def evaluate(args, model, data, extractor, features):
+    """(metrics, protocol) of samples against real images, and the three FIDs that show where quality is lost: prior
+    samples, decode(f(z0)) with z0 ~ q(z0|x), decode(z0). features: evaluation_features()."""
+    device = next(model.parameters()).device
+    real, fake, reconstructed, how = features
+    n, statistics = len(real), mean_and_covariance(real)
     kid, kid_std = kernel_distance(real, fake, seed=args.seed, device=device)
-    metrics = {"fid": frechet_distance(*statistics, *mean_and_covariance(fake)), "kid": kid, "kid_std": kid_std}
-
-    def fid_of(flow, desc):
-        features = distinct_features(extractor, reconstructions(flow), n, {}, desc)
-        return frechet_distance(*statistics, *mean_and_covariance(features))
-
-    metrics["fid_reconstructed"] = fid_of(True, "features of reconstructions")
-    if decodes_flow(model):
-        metrics["fid_flow_bypassed"] = fid_of(False, "features without the flow")
+    metrics = {"fid": frechet_distance(*statistics, *mean_and_covariance(fake)), "kid": kid, "kid_std": kid_std,
+               "fid_reconstructed": frechet_distance(*statistics, *reconstructed["used"])}
+    if "bypassed" in reconstructed:
+        metrics["fid_flow_bypassed"] = frechet_distance(*statistics, *reconstructed["bypassed"])
     metrics["fid_prior_gap"] = metrics["fid"] - metrics["fid_reconstructed"]
     pca = "none"
     if args.pca_dim:
@@ -1093,7 +1113,7 @@ def export_and_measure(args, locks):
         N = len(spread(args.eval_images, len(sets[args.real_split])))
         check_neighbours(args.k, args.nearest_k, N, N)
         check_pca(args.pca_dim, N, extractor.dims)
-        if N < FEW_IMAGES:
+        if N < FEW_IMAGES and is_main():
             print(f"warning: --evaluate on {N} images a side, fewer than {FEW_IMAGES}. FID is biased upwards on small "
                   f"samples, and its covariance may be singular: do not compare it with other numbers", file=sys.stderr)
     exports = plan_exports(args, model, sets, identity)
@@ -1144,8 +1164,40 @@ def export_and_measure(args, locks):
         rate = write_export(export, start, args.png_threads or min(cpu_count(), 8))
         say(f"export      {what}{', an older export replaced' if start < 0 else ''}, {rate:,.0f} a second")
 
-    if not is_main():                                           # what follows takes one process
+    # -- likelihood -----------------------------------------------------------------------------------------------
+    if args.nll:
+        result = estimate_nll(args, model, sets)
+        n = len(spread(args.nll_images, len(sets["test"])))
+        protocol = {"images": n, "split": "test", "choice": "all" if n == len(sets["test"]) else "evenly spaced",
+                    "importance_samples": args.nll_samples, "data": sets["test"].fingerprint,
+                    "scale_fitted_on": f"{min(args.nll_fit_images, len(sets['train']))} training images", **provenance}
+        if is_main():
+            write_json(folder / "nll.json", {"tag": tag, "nll": result, "protocol": protocol})
+        for name, words in (("importance_weighted", f"-log p(x) at most, {args.nll_samples} importance samples"),
+                            ("negative_elbo", "-ELBO")):
+            say(f"likelihood  {words}: {result[name]['nats_per_image']:.1f} nats per image, "
+                f"{result[name]['bits_per_dim']:.4f} bits per dimension")
+        say(f"            discretised Laplace of scale {result['laplace_scale_grey_levels']:.2f} grey levels, {n:,} "
+            f"held-out images; the model was not trained for this alone")
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+    if args.evaluate:
+        features = evaluation_features(args, model, sets[args.real_split], extractor)
+    if not is_main():       # what follows takes one process, and comes last so that no other has to wait until it is done
         return
+    if args.evaluate:
+        metrics, protocol = evaluate(args, model, sets[args.real_split], extractor, features)
+        for path in (eval_out, quality / f"evaluation_{tag}.json"):
+            write_json(path, {"tag": tag, "metrics": metrics, "protocol": protocol | provenance})
+        name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
+        say(f"evaluation  {name} {metrics['fid']:.3f}, KID {metrics['kid']:.5f} ± {metrics['kid_std']:.5f}, "
+            + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
+        bypassed = f", flow bypassed {metrics['fid_flow_bypassed']:.3f}" if "fid_flow_bypassed" in metrics else ""
+        say(f"            where quality is lost: samples {metrics['fid']:.3f}, reconstructions "
+            f"{metrics['fid_reconstructed']:.3f}{bypassed}; the prior's gap is {metrics['fid_prior_gap']:.3f}")
+        say(f"            {protocol['real']['images']:,} real and {protocol['fake']['images']:,} generated images; "
+            f"written to {eval_out} and, for comparison.py, to {quality / f'evaluation_{tag}.json'}")
+
     # -- pictures, diagnostics ------------------------------------------------------------------------------------
     if args.do_pictures or args.diagnose:
         held_out = sets["test"]
@@ -1171,35 +1223,6 @@ def export_and_measure(args, locks):
             say(f"            |s| > 0.9 c: {result['saturated_share']:.2%}, round trip "
                 f"{result['round_trip_error_float32']:.1e} in float32, "
                 f"{result['round_trip_error_float64']:.1e} in float64")
-
-    # -- likelihood -----------------------------------------------------------------------------------------------
-    if args.nll:
-        result = estimate_nll(args, model, sets)
-        n = len(spread(args.nll_images, len(sets["test"])))
-        protocol = {"images": n, "split": "test", "choice": "all" if n == len(sets["test"]) else "evenly spaced",
-                    "importance_samples": args.nll_samples, "data": sets["test"].fingerprint,
-                    "scale_fitted_on": f"{min(args.nll_fit_images, len(sets['train']))} training images", **provenance}
-        write_json(folder / "nll.json", {"tag": tag, "nll": result, "protocol": protocol})
-        for name, words in (("importance_weighted", f"-log p(x) at most, {args.nll_samples} importance samples"),
-                            ("negative_elbo", "-ELBO")):
-            say(f"likelihood  {words}: {result[name]['nats_per_image']:.1f} nats per image, "
-                f"{result[name]['bits_per_dim']:.4f} bits per dimension")
-        say(f"            discretised Laplace of scale {result['laplace_scale_grey_levels']:.2f} grey levels, {n:,} "
-            f"held-out images; the model was not trained for this alone")
-
-    # -- evaluation -----------------------------------------------------------------------------------------------
-    if args.evaluate:
-        metrics, protocol = evaluate(args, model, sets[args.real_split], extractor)
-        for path in (eval_out, quality / f"evaluation_{tag}.json"):
-            write_json(path, {"tag": tag, "metrics": metrics, "protocol": protocol | provenance})
-        name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
-        say(f"evaluation  {name} {metrics['fid']:.3f}, KID {metrics['kid']:.5f} ± {metrics['kid_std']:.5f}, "
-            + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
-        bypassed = f", flow bypassed {metrics['fid_flow_bypassed']:.3f}" if "fid_flow_bypassed" in metrics else ""
-        say(f"            where quality is lost: samples {metrics['fid']:.3f}, reconstructions "
-            f"{metrics['fid_reconstructed']:.3f}{bypassed}; the prior's gap is {metrics['fid_prior_gap']:.3f}")
-        say(f"            {protocol['real']['images']:,} real and {protocol['fake']['images']:,} generated images; "
-            f"written to {eval_out} and, for comparison.py, to {quality / f'evaluation_{tag}.json'}")
 
     print("\nnext:")
     for command in next_commands(args, tag, device):

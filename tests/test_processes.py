@@ -1,5 +1,7 @@
 """Several processes (torchrun, gloo on the CPU) do what one does: the same losses, the same files, one set of them."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -72,6 +74,40 @@ def test_two_processes_export_what_one_does(flags, monkeypatch, tmp_path):
         assert len(a) == len(b) == count and (a - b).abs().max() <= 1
         manifests = [(tmp_path / where / name / "manifest.json").read_text() for where in ("one", "two")]
         assert manifests[0] == manifests[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, more", [(4, ["--diagnose"]), (50, ["--do_pictures", False])],
+                         ids=["many batches", "more processes than batches"])
+def test_two_processes_measure_what_one_does(batch, more, flags, monkeypatch, tmp_path, fake_hub):
+    """--evaluate, --nll, --diagnose and the pictures. Seven images occur twice, once in each share: ties would show."""
+    fake_hub.inception()
+    images = tmp_path / "data/train"
+    for i in range(7):
+        shutil.copy(images / f"{3 * i:05d}.png", images / f"{42 - 3 * i:05d}.png")
+    main(monkeypatch, tmp_path, *flags, "--epochs", 1)
+    common = ["--resume", "results/CrossVampVAE/last.pth", "--do_real", False, "--do_fake", False, "--num_samples", 50,
+              "--evaluate", "--fid_dims", 64, "--pca_dim", 8, "--nll", "--nll_samples", 8, "--nll_fit_images", 20,
+              "--gen_batch_size", batch, "--device", "cpu", *more]
+    one = subprocess.run([sys.executable, ROOT / "test.py", *map(str, common), "--save_dir", "one"], cwd=tmp_path,
+                         capture_output=True, text=True, env=fake_hub.env)
+    two = torchrun(2, *common, "--save_dir", "two", cwd=tmp_path, script="test.py", env=fake_hub.env)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout.count("evaluation  ") == two.stdout.count("likelihood  -log") == two.stdout.count("next:") == 1
+    files = [sorted(str(p.relative_to(tmp_path / where)) for p in (tmp_path / where).rglob("*")) for where in ("one", "two")]
+    assert files[0] == files[1] and ("latent_map.png" in str(files[0])) == ("--diagnose" in more)
+    keys = {"evaluation_CrossVampVAE": "metrics", "nll": "nll", "diagnostics": "diagnostics"}
+    for name, key in list(keys.items())[:3 if "--diagnose" in more else 2]:
+        a, b = (json.loads((tmp_path / where / f"CrossVampVAE/test/{name}.json").read_text()) for where in ("one", "two"))
+        assert a["protocol"] == b["protocol"]
+        assert a[key].keys() == b[key].keys()
+        for number, value in a[key].items():
+            if isinstance(value, str | None):
+                assert value == b[key][number], number
+            elif isinstance(value, dict):
+                assert value == pytest.approx(b[key][number], rel=1e-6), number
+            else:
+                assert value == pytest.approx(b[key][number], rel=1e-4, abs=1e-4), number
 
 
 @pytest.mark.slow

@@ -722,7 +722,8 @@ def test_evaluation_is_of_the_first_exported_images(checkpoint, data, monkeypatc
         args = script.build_parser().parse_args(["--resume", "x", "--num_samples", "45", "--eval_images", str(n),
                                                  "--gen_batch_size", "10", "--pca_dim", "0"])
         network = Recorder()
-        metrics, protocol = script.evaluate(args, model, data_set(data)[0], network)
+        features = script.evaluation_features(args, model, data_set(data)[0], network)
+        metrics, protocol = script.evaluate(args, model, data_set(data)[0], network, features)
         real, fake = torch.cat(network.shown)[:n], torch.cat(network.shown)[n:2 * n]
         assert torch.equal(real, data_set(data)[0].images[script.spread(n, 60)])
         assert torch.equal(fake[:45], exported[:n]) and len(fake) == n
@@ -745,6 +746,35 @@ def test_equal_images_have_equal_features():
     features = script.distinct_features(network, x.split(3), 6, {}, "")
     assert network.calls == 5 and np.array_equal(features[4], features[1])
     assert features[:, 0] == pytest.approx(x.float().mean((1, 2, 3)).numpy())
+
+
+@pytest.mark.parametrize("n, size, processes", [(43, 10, 2), (40, 10, 3), (5, 10, 2), (7, 1, 3), (0, 4, 2)])
+def test_processes_together_have_the_batches_of_one(n, size, processes, monkeypatch):
+    one = script.my_batches(n, size)
+    assert [i for b in one for i in range(b.start, b.stop)] == list(range(n)) and all(b.start < b.stop for b in one)
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(script, "my_share", lambda m, r=rank: slice(m * r // processes, m * (r + 1) // processes))
+        shares.append(script.my_batches(n, size))
+    assert sum(shares, []) == one and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_equal_images_have_equal_features_in_other_processes_too(monkeypatch):
+    """The other process met two of this one's images and one of its own, and its network rounds differently."""
+    x = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2).contiguous()
+    key = [script.hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in x.numpy()]
+    other = [key[1], key[3], key[0]], {k: np.full(2, 10.0 * i, np.float32) for i, k in ((1, key[1]), (3, key[3]), (0, key[0]))}
+
+    def network(images):
+        return images.float().mean((1, 2, 3))[:, None].expand(-1, 2)
+
+    for order, expected in (((0, 1), [0, 1, 2, 1, 30, 0]), ((1, 0), [10, 30, 0, 0, 10, 2])):
+        def both(mine, order=order):
+            return [(mine, other)[i] for i in order]
+        monkeypatch.setattr(script, "gather", both)
+        seen = {}
+        assert script.distinct_features(network, [x[:3]], 3, seen, "")[:, 0].tolist() == expected
+        assert {seen[k][0] for k in key} == set(expected)
 
 
 # -- what a user can get wrong ----------------------------------------------------------------------------------------

@@ -3,27 +3,21 @@
     python tests/benchmarks/bench_data.py                           # 5,000 JPEG files of 32x32, made for the purpose
     python tests/benchmarks/bench_data.py --folder path/to/images --size 64
 
-One JSON line per case.
+One JSON line per case (report.py says what stands in it).
 decode   utils.decode_images (threads) and a loop of PIL over the same files
 batches  batches of 128 with random flips, as train.py takes them from memory, and from a DataLoader with four workers
          and torchvision's transforms, which decodes the files again in every epoch
 """
 import argparse
-import json
-import platform
-import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from report import report, take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from utils import MemoryImages, cpu_count, decode_images, list_images, seeded, to_float
+from utils import MemoryImages, decode_images, list_images, seeded, to_float
 
 
 class Files(torch.utils.data.Dataset):
@@ -48,10 +42,12 @@ def write_files(folder, n, size):
         small.resize((size, size), Image.BICUBIC).save(folder / f"{i:05d}.jpg", quality=75)
 
 
-def seconds(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def epoch_from_memory(data, device):
+    """One epoch of batches of 128 with random flips, as train.py takes them."""
+    for i, batch in enumerate(data.batches(torch.randperm(len(data))[:len(data) // 128 * 128].view(-1, 128), device)):
+        x = to_float(batch)
+        flipped = torch.rand(len(x), 1, 1, 1, generator=seeded(device, i), device=device) < 0.5
+        torch.where(flipped, x.flip(3), x)
 
 
 def main():
@@ -70,23 +66,14 @@ def main():
         loader = torch.utils.data.DataLoader(Files(paths, args.size), 128, shuffle=True, drop_last=True, num_workers=4,
                                              persistent_workers=True)
 
-        def from_memory():
-            for i, batch in enumerate(data.batches(torch.randperm(n)[:n // 128 * 128].view(-1, 128), cpu)):
-                x = to_float(batch)
-                flipped = torch.rand(len(x), 1, 1, 1, generator=seeded(cpu, i)) < 0.5
-                torch.where(flipped, x.flip(3), x)
-
         cases = {
             "decode": (lambda: decode_images(paths, 3, args.size, progress=False),
                        lambda: [np.asarray(Image.open(p).convert("RGB")) for p in paths]),
-            "batches": (from_memory, lambda: [None for _ in loader]),
+            "batches": (lambda: epoch_from_memory(data, cpu), lambda: [None for _ in loader]),
         }
         for name, ways in cases.items():
-            times = [[seconds(way) for way in ways] for _ in range(args.rounds)]
-            ours, plain = (statistics.median(t) for t in zip(*times))
-            print(json.dumps({"case": name, "images": n, "size": args.size, "images_per_s": round(n / ours),
-                              "plain_images_per_s": round(n / plain), "ratio_to_plain": round(plain / ours, 2),
-                              "device": f"{platform.machine()}, {cpu_count()} cores", "torch": torch.__version__}), flush=True)
+            ours, plain = take_turns(ways, args.rounds, cpu)
+            report(name, n, ours, cpu, plain, size=args.size)
 
 
 if __name__ == "__main__":

@@ -4,29 +4,24 @@ difference of the two distances. Random weights of the right shapes serve as wel
     python tests/benchmarks/bench_fid.py --images 200                # two CPU cores: a minute or two
     python tests/benchmarks/bench_fid.py --images 50000 --device cuda
 
-One JSON line.
+One JSON line (report.py says what stands in it), both sides decoded and measured.
 """
 import argparse
-import json
+import contextlib
 import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from report import ROOT, report, take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import FakeHub, write_images
 
 from utils import (
     InceptionFeatures,
-    cpu_count,
     decode_images,
     extract_features,
     frechet_distance,
@@ -66,23 +61,14 @@ def main():
             return statistics_of
 
         def theirs():
-            return [compute_statistics_of_path(str(f), reference, args.batch_size, args.dims, device, 4) for f in folders]
+            with contextlib.redirect_stdout(sys.stderr):         # which it warns on
+                return [compute_statistics_of_path(str(f), reference, args.batch_size, args.dims, device, 4) for f in folders]
 
-        seconds, results = {ours: [], theirs: []}, {}
-        for _ in range(args.rounds):
-            for way, times in seconds.items():
-                start = time.perf_counter()
-                results[way] = way()
-                times.append(time.perf_counter() - start)
-        a, b = (statistics.median(times) for times in seconds.values())
-        distances = [frechet_distance(*results[way][0], *results[way][1]) for way in (ours, theirs)]
-        print(json.dumps({
-            "case": "fid features", "images": 2 * args.images, "dims": args.dims, "images_per_s": round(2 * args.images / a, 1),
-            "pytorch_fid_images_per_s": round(2 * args.images / b, 1), "ratio_to_plain": round(b / a, 2),
-            "distance": distances[0], "relative_difference": abs(distances[0] / distances[1] - 1),
-            "largest_mean_difference": float(np.abs(results[ours][0][0] - results[theirs][0][0]).max()),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"{platform.machine()}, {cpu_count()} cores", "torch": torch.__version__}))
+        a, b = take_turns((ours, theirs), args.rounds, device)
+        distances = [frechet_distance(*way.result[0], *way.result[1]) for way in (a, b)]
+        report("fid features", 2 * args.images, a, device, b, dims=args.dims, batch_size=args.batch_size,
+               distance=distances[0], relative_difference=abs(distances[0] / distances[1] - 1),
+               largest_mean_difference=float(np.abs(a.result[0][0] - b.result[0][0]).max()))
 
 
 if __name__ == "__main__":

@@ -5,26 +5,19 @@
     python tests/benchmarks/bench_pr.py --n 50000 --m 50000 --device cuda
     python tests/benchmarks/bench_pr.py --case duplicates collapsed         # what ties and mode collapse cost
 
-Prints one JSON line per case: seconds (median of the runs), ratio to the products real x real, fake x fake and
-real x fake in float32 over blocks of the same size (median of the ratios of neighbouring runs, products and metric
-taking turns so that both meet the same machine), peak resident memory of the whole process and of the metric alone.
+Prints one JSON line per case (report.py says what stands in it). What is counted are pairs of points; the plain way are
+the products real x real, fake x fake and real x fake in float32 over blocks of the same size, of which nothing is made.
+seconds and ratio (of the metric over the products: median, and ratios of all rounds) say the same in other words, and
+memory_before_mb is what the process, or the GPU, held before.
 """
 import argparse
-import json
-import platform
-import resource
-import sys
-import time
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from report import forget_peak, peak_mb, report, take_turns
 
 from PR_Calculate import manifold_metrics
-from utils import cpu_count
 
 
 def make(case, n, m, dims, seed=0):
@@ -51,18 +44,8 @@ def bare_products(real, fake, chunk):
                 torch.matmul(a, b.T, out=out[:len(a) * len(b)].view(len(a), len(b)))
 
 
-def timed(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=10000, help="real points (default 10000)")
     parser.add_argument("--m", type=int, default=10000, help="fake points (default 10000)")
     parser.add_argument("--dims", type=int, default=256, help="features (default 256)")
@@ -80,25 +63,15 @@ def main():
         warm_up = (real[:2 * chunk], fake[:2 * chunk])
         bare_products(*warm_up, chunk)
         manifold_metrics(*warm_up, device=device, chunk=chunk)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        pairs = []
-        for _ in range(args.runs):
-            bare, _ = timed(lambda r=real, f=fake: bare_products(r, f, chunk), device)
-            seconds, metrics = timed(lambda r=real, f=fake: manifold_metrics(r, f, device=device, chunk=chunk), device)
-            pairs.append((seconds, bare))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({
-            "case": case, "N": args.n, "M": args.m, "F": args.dims, "chunk": chunk, "runs": args.runs,
-            "seconds": round(median(s for s, _ in pairs), 3),
-            "bare_products_seconds": round(median(b for _, b in pairs), 3),
-            "ratio": round(median(s / b for s, b in pairs), 3),
-            "ratios": [round(s / b, 3) for s, b in pairs],
-            "peak_rss_mb": round(peak / 1024), "peak_rss_before_mb": round(before / 1024),
-            "peak_device_mb": round(torch.cuda.max_memory_allocated() / 2 ** 20) if device.type == "cuda" else None,
-            "metrics": metrics,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_count()} CPU cores",
-            "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        }), flush=True)
+        forget_peak(device)
+        before = peak_mb(device)
+        bare, ours = take_turns([lambda r=real, f=fake: bare_products(r, f, chunk),
+                                 lambda r=real, f=fake: manifold_metrics(r, f, device=device, chunk=chunk)], args.runs, device)
+        ratios = [ours / bare for ours, bare in zip(ours.seconds, bare.seconds)]
+        report(case, args.n ** 2 + args.m ** 2 + args.n * args.m, ours, device, bare, N=args.n, M=args.m, F=args.dims,
+               chunk=chunk, seconds=round(median(ours.seconds), 3), bare_products_seconds=round(median(bare.seconds), 3),
+               ratio=round(median(ratios), 3), ratios=[round(r, 3) for r in ratios], memory_before_mb=round(before),
+               metrics=ours.result)
 
 
 if __name__ == "__main__":

@@ -3,25 +3,19 @@
     python tests/benchmarks/bench_sharpness.py
     python tests/benchmarks/bench_sharpness.py --images 50000 --size 32 --workers 2 --repeat 5
 
-Writes --images random smooth PNG files into a temporary folder, measures them in `repeat` rounds, and prints the best
-round of each: the command's own path from the list of files to the digests and measures, the naive loop (on a part of
-the files, its rate does not depend on how many), and the CPU time an image costs, which other work on the machine
-disturbs less than the rate. The two results are compared as well.
+Writes --images random smooth PNG files into a temporary folder and prints one JSON line (report.py says what stands in it):
+the command's own path from the list of files to the digests and measures, the plain loop (on a part of the files: its rate
+does not depend on how many), and the largest relative difference between the two results.
 """
 import argparse
-import os
-import platform
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-import PIL
+import torch
 from PIL import Image
+from report import report, take_turns
 from scipy import ndimage
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from csv_analysis import analyse
 from utils import cpu_count, list_images
@@ -40,17 +34,6 @@ def naive(path, r0=0.25):
     return laplacian.var(), (gx ** 2 + gy ** 2).mean(), high / power.sum(), high / (power.sum() - power[H // 2, W // 2])
 
 
-def best_of(repeat, work):
-    """Seconds of the wall clock and of all processors, the least of each, and the last result."""
-    walls, processors = [], []
-    for _ in range(repeat):
-        before, start = os.times(), time.perf_counter()
-        result = work()
-        walls.append(time.perf_counter() - start)
-        processors.append(sum(os.times()[:4]) - sum(before[:4]))
-    return min(walls), min(processors), result
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10000, help="PNG files to write and measure")
@@ -67,20 +50,12 @@ def main():
             image = (128 + 200 * image).clip(0, 255).astype(np.uint8)
             Image.fromarray(image).save(Path(folder, f"{i:05d}.png"), compress_level=1)
         files = list_images(folder)
-        wall, processor, (values, _, _) = best_of(args.repeat, lambda: analyse(files, workers=args.workers))
-        part = files[:args.naive]
-        naive_wall, naive_processor, reference = best_of(args.repeat, lambda: np.array([naive(f) for f in part]))
-
-    error = np.abs(values[:len(part)] / reference - 1).max()
-    print(f"{args.images} PNG files of {args.size}x{args.size}, {cpu_count()} cores, {platform.machine()}, "
-          f"Python {platform.python_version()}, NumPy {np.__version__}, Pillow {PIL.__version__}, best of {args.repeat}")
-    print(f"csv_analysis, {args.workers} workers  {len(files) / wall:9,.0f} images/s  "
-          f"{1e6 * processor / len(files):7.0f} us of CPU an image")
-    print(f"naive loop, 1 process    {len(part) / naive_wall:9,.0f} images/s  "
-          f"{1e6 * naive_processor / len(part):7.0f} us of CPU an image")
-    print(f"ratio                    {len(files) / wall / (len(part) / naive_wall):9.1f}           "
-          f"{naive_processor / len(part) / (processor / len(files)):9.1f}")
-    print(f"largest relative difference {error:.1e}")
+        part, cpu = files[:args.naive], torch.device("cpu")
+        ours, plain = take_turns([lambda: analyse(files, workers=args.workers), lambda: np.array([naive(f) for f in part])],
+                                 args.repeat, cpu)
+        error = np.abs(ours.result[0][:len(part)] / plain.result - 1).max()
+        report("sharpness", len(files), ours, cpu, plain, len(part), size=args.size, workers=args.workers,
+               largest_relative_difference=float(error))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_train.py                                  the default network on this machine
     python tests/benchmarks/bench_train.py --batch_size 1024 --cases plain fast
-    python tests/benchmarks/bench_train.py --profile fast where the time goes
+    python tests/benchmarks/bench_train.py --parts --profile fast       where the time goes
 
 Cases
     plain    float32, NCHW, eager; PIL images through torchvision transforms in a DataLoader with four workers; EMA in a
@@ -12,13 +12,14 @@ Cases
     fast     the flags that train.py chooses on this device (bf16, channels_last and compile on a GPU)
     compile  float32 with --channels_last --compile
 
-One JSON line for each case: images a second (median of the rounds), ratio to plain, and the share of the device's
-measured matrix rate that the counted operations come to. LPIPS has the network of VGG16 with random weights: the
-arithmetic is the same, and nothing is downloaded. The images are random: their content changes no speed.
+One JSON line for each case (report.py says what stands in it), with the share of the device's measured matrix rate that the
+counted operations come to. --parts: a line for each part of a step, forward and backward by itself, not compiled, with the
+precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the share of the time of each of
+the 25 longest operations. LPIPS has the network of VGG16 with random weights: the arithmetic is the same, and nothing is
+downloaded. The images are random: their content changes no speed. Flags of train.py (--hidden_dims, ...) are taken too.
 """
 import argparse
-import json
-import platform
+import contextlib
 import statistics
 import sys
 import time
@@ -26,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from report import print_line, report, rounded, synchronize, take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
-from utils import MemoryImages, cpu_count, pick_device
+from utils import MemoryImages, pick_device
 
 
 def random_lpips(device):
@@ -52,7 +53,8 @@ class Fast:
         self.trainer, self.amp = make_trainer(args, flags, images, lpips, device, channels_last), amp
         self.data = MemoryImages(images, device)
         if compiled:
-            train.compile_step(self.trainer, (args.batch_size, *images.shape[1:]), amp)
+            with contextlib.redirect_stdout(sys.stderr):        # it says that it compiles; standard output is for JSON
+                train.compile_step(self.trainer, (args.batch_size, *images.shape[1:]), amp)
         self.trainer.model.train()
 
     def run(self, steps):
@@ -115,20 +117,48 @@ class Plain:
             _ = [v.item() for v in (loss, pixel, perceptual, kl)]
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def count_operations(args, flags, images, lpips, device):
-    """GFLOP of one image's step (a multiply-add is two), by the module that calls for it."""
+def gflop(work):
+    """What is counted of a piece of work, a multiply-add being two operations."""
     from torch.utils.flop_counter import FlopCounterMode
-    trainer = make_trainer(args, flags, images, lpips, device, False)
-    x = torch.zeros(args.batch_size, *images.shape[1:], device=device)
-    eps = torch.zeros(args.batch_size, flags.latent_dim, device=device)
     with FlopCounterMode(display=False) as counter:
-        train.backward(trainer, x, eps, False)
-    return counter.get_total_flops() / args.batch_size / 1e9
+        work()
+    return counter.get_total_flops() / 1e9
+
+
+def parts_of_step(trainer, lpips, amp):
+    """{name: work} of the parts of a step on one batch, each forward and backward by itself."""
+    model, device, B = trainer.model, trainer.device, trainer.batch_size
+    x = torch.zeros(B, trainer.args.in_channels, model.img_size, model.img_size, device=device)
+    with torch.no_grad():
+        out = model(x, torch.zeros(B, model.latent_dim, device=device), model.prior_params())
+        context = model.posterior(x)[2]
+    z, recon = (t.detach().requires_grad_() for t in (out.mu, out.recon))
+
+    def flow():
+        zK, log_det = model.apply_flow(z, context)
+        return zK.sum() + log_det.sum()
+
+    def prior():
+        mu_k, logvar_k = model.prior_params()
+        return model.kl_terms(out._replace(z0=z, zK=z, mu_k=mu_k, logvar_k=logvar_k)).kl.sum()
+
+    forward = {
+        "encoder": lambda: sum(t.sum() for t in model.posterior(x)[:2]),
+        **({} if model.flow is None else {"flow": flow}),
+        "prior with its pseudo-inputs": prior,
+        "decoder": lambda: model.decode(z).sum(),
+        **({} if lpips is None else {"LPIPS": lambda: lpips(recon, x).sum()}),
+    }
+
+    def both(part):
+        with torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext():
+            value = part()
+        value.backward()
+
+    def optimiser():
+        trainer.update_weights(torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.args.grad_clip))
+
+    return {**{name: lambda p=part: both(p) for name, part in forward.items()}, "clipping, optimiser and EMA": optimiser}
 
 
 def matrix_rate(device, amp):
@@ -154,7 +184,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no_lpips", action="store_true")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--profile", default=None, metavar="CASE", help="print where the time of one case goes")
+    parser.add_argument("--parts", action="store_true", help="a line for each part of a step too")
+    parser.add_argument("--profile", default=None, metavar="CASE", help="the longest operations of one of the cases")
     args, rest = parser.parse_known_args()
     device = pick_device(args.device)
     flags, _ = train.parse_args(rest)
@@ -163,40 +194,47 @@ def main():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (50 * args.batch_size, 3, flags.img_size, flags.img_size), np.uint8))
     lpips = None if args.no_lpips else random_lpips(device)
-    gflop = count_operations(args, flags, images, lpips, device)
+    trainer = make_trainer(args, flags, images, lpips, device, False)
+    x = torch.zeros(args.batch_size, *images.shape[1:], device=device)
+    eps = torch.zeros(args.batch_size, flags.latent_dim, device=device)
+    each = gflop(lambda: train.backward(trainer, x, eps, False)) / args.batch_size
     settings = {"eager": (False, False, False), "layout": (False, True, False), "compile": (False, True, True),
                 "fast": (native, cuda, cuda)}                   # amp, channels_last, compile
-    runs, seconds = {}, {case: [] for case in args.cases}
+    runs = {}
     for case in args.cases:
         runs[case] = (Plain(args, flags, images, lpips, device) if case == "plain" else
                       Fast(args, flags, images, lpips, device, *settings[case]))
         runs[case].run(3)                                       # warm-up: kernels chosen, workers started
     steps = args.steps or (100 if cuda else 2)
-    for _ in range(args.rounds):
-        for case, run in runs.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run.run(steps)
-            synchronize(device)
-            seconds[case].append(time.perf_counter() - start)
-    where = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {cpu_count()} cores"
-    plain = statistics.median(seconds["plain"]) if "plain" in seconds else None
-    for case, times in seconds.items():
-        rate = steps * args.batch_size / statistics.median(times)
-        amp = case == "fast" and native
-        print(json.dumps({
-            "case": case, "images_per_s": round(rate, 1), "rounds": [round(steps * args.batch_size / t, 1) for t in times],
-            "ratio_to_plain": round(plain / statistics.median(times), 3) if plain else None,
-            "gflop_per_image": round(gflop, 3), "matrix_rate_share": round(rate * gflop / 1e3 / matrix_rate(device, amp), 3),
-            "batch_size": args.batch_size, "lpips": "none" if args.no_lpips else "vgg, random weights",
-            "device": where, "torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+    count = steps * args.batch_size
+    timings = dict(zip(runs, take_turns([lambda r=run: r.run(steps) for run in runs.values()], args.rounds, device)))
+    about = {"batch_size": args.batch_size, "lpips": "none" if args.no_lpips else "vgg, random weights"}
+    for case, timing in timings.items():
+        rate = count / statistics.median(timing.seconds) * each / 1e3
+        report(case, count, timing, device, timings.get("plain") if case != "plain" else None,
+               rates=[rounded(count / t) for t in timing.seconds], gflop_each=rounded(each),
+               matrix_rate_share=rounded(rate / matrix_rate(device, case == "fast" and native)), **about)
+    if args.parts:
+        amp, layout, _ = settings["fast"]
+        trainer = make_trainer(args, flags, images, lpips, device, layout)
+        works = parts_of_step(trainer, lpips, amp)
+        counts = {name: gflop(work) for name, work in works.items()}                            # and a warm-up
+        timings = dict(zip(works, take_turns(works.values(), args.rounds, device)))
+        seconds = {name: statistics.median(t.seconds) for name, t in timings.items()}
+        top = matrix_rate(device, amp)
+        for name, timing in timings.items():
+            report(f"part: {name}", args.batch_size, timing, device, share=rounded(seconds[name] / sum(seconds.values())),
+                   gflop_each=rounded(counts[name] / args.batch_size),
+                   matrix_rate_share=rounded(counts[name] / 1e3 / seconds[name] / top), **about)
     if args.profile:
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
         with torch.profiler.profile(activities=activities) as profile:
             runs[args.profile].run(steps)
             synchronize(device)
-        print(profile.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=25,
-                                           max_name_column_width=50))
+        times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profile.key_averages()}
+        longest = sorted(times, key=times.get, reverse=True)[:25]
+        shares = {name: rounded(times[name] / sum(times.values())) for name in longest}
+        print_line({"case": f"profile: {args.profile}", "share_of_time": shares, **about}, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""tests/benchmarks/: every script, on next to nothing, prints JSON lines alone, each with what a line has to say."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+FOLDER = ROOT / "tests/benchmarks"
+LINE = {"case", "count", "per_second", "best_per_second", "peak_memory_mb", "rounds", "device", "threads", "versions"}
+PLAIN = {"plain_per_second", "plain_peak_memory_mb", "ratio_to_plain"}
+NETWORK = ["--img_size", 8, "--hidden_dims", 8, 12, "--latent_dim", 4, "--flow_length", 1, "--flow_seq_len", 1,
+           "--flow_embed_dim", 8, "--flow_heads", 2, "--flow_layers", 1, "--batch_size", 4, "--device", "cpu"]
+SCRIPTS = {                     # flags, cases of the lines, those that are set against a plain way
+    "bench_sharpness": (["--images", 12, "--naive", 6, "--repeat", 2, "--workers", 1], ["sharpness"], {"sharpness"}),
+    "bench_pr": (["--n", 60, "--m", 50, "--dims", 8, "--case", "gauss", "collapsed"], ["gauss", "collapsed"],
+                 {"gauss", "collapsed"}),
+    "bench_export": (["--images", 20, "--size", 16, "--repeat", 1], ["write", "sample", "export"], {"write", "export"}),
+    "bench_data": (["--images", 150, "--size", 8, "--rounds", 1], ["decode", "batches"], {"decode", "batches"}),
+    "bench_fid": (["--images", 4, "--dims", 64, "--rounds", 1, "--device", "cpu"], ["fid features"], {"fid features"}),
+    "bench_train": ([*NETWORK, "--no_lpips", "--rounds", 1, "--parts", "--cases", "plain", "layout"],
+                    ["plain", "layout", "part: encoder", "part: flow", "part: prior with its pseudo-inputs", "part: decoder",
+                     "part: clipping, optimiser and EMA"], {"layout"}),
+    "bench_scaling": ([*NETWORK, "--lpips_net", "none", "--rounds", 1, "--batch_sizes", 2, "--components", 3, 5,
+                       "--flow_lengths", 0, "--images", 130, "--dims", 8],
+                      ["batch", "batch", "components", "components", "flow", "images", "images", "images"], set()),
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "bench_pr" else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS])
+def test_benchmark_prints_a_line_of_json_for_each_case(name, tmp_path, fake_hub):
+    flags, cases, with_plain = SCRIPTS[name]
+    if name == "bench_fid":
+        fake_hub.inception()
+    plot = ["--plot", tmp_path / "scaling.png"] if name == "bench_scaling" else []
+    done = run_script(f"tests/benchmarks/{name}.py", *flags, *plot, env=fake_hub.env)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["case"] for line in lines] == cases
+    for line in lines:
+        assert line.keys() >= LINE | (PLAIN if line["case"] in with_plain else set())
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, float)) and line["per_second"] > 0
+        assert line["versions"]["torch"] == torch.__version__.split("+")[0] and "core" in line["device"]
+    assert not plot or Path(plot[1]).stat().st_size > 10000
+
+
+def test_every_benchmark_is_tested():
+    assert {p.stem for p in FOLDER.glob("bench_*.py")} == SCRIPTS.keys()
+
+
+def test_report_of_known_times(monkeypatch, capsys):
+    """Medians, and the ratio of neighbouring rounds: the third round met a machine ten times slower."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import report
+    monkeypatch.delitem(sys.modules, "report")
+    ours, plain = (report.Timing(seconds, [0.5] * 3, 10.0, None) for seconds in ([1, 2, 10], [4, 2, 40]))
+    report.report("x", 100, ours, torch.device("cpu"), plain, 50, extra=7)
+    line = json.loads(capsys.readouterr().out)
+    assert line["per_second"] == 50 and line["best_per_second"] == 100 and line["cpu_us_each"] == 5000 and line["extra"] == 7
+    assert line["plain_per_second"] == 12.5 and line["ratio_to_plain"] == 8     # 4 times as fast at twice the images
