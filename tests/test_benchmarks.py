@@ -4,9 +4,12 @@ import math
 import sys
 from pathlib import Path
 
+import lpips
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, write_images
+
+from utils import hub_file, sha256_file
 
 FOLDER = ROOT / "tests/benchmarks"
 LINE = {"case", "count", "per_second", "best_per_second", "peak_memory_mb", "rounds", "device", "threads", "versions"}
@@ -44,6 +47,28 @@ def test_benchmark_prints_a_line_of_json_for_each_case(name, tmp_path, fake_hub)
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float)) and line["per_second"] > 0
         assert line["versions"]["torch"] == torch.__version__.split("+")[0] and "core" in line["device"]
     assert not plot or Path(plot[1]).stat().st_size > 10000
+
+
+def test_stand_in_is_what_lpips_loads(tmp_path, monkeypatch):
+    for split, n in (("train", 8), ("test", 2)):
+        for name, shift in (("bright", 80), ("dark", -80)):
+            write_images(tmp_path / "data" / split / name, n, seed=n, shift=shift)
+    flags = ["--data_dir", tmp_path / "data", "--torch_home", tmp_path / "home", "--epochs", 2, "--batch_size", 4,
+             "--device", "cpu", "--threads", 1]
+    done = run_script("tests/benchmarks/stand_in.py", *flags)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    path = hub_file("squeezenet1_1-b8a52dc0.pth")
+    assert (line["stand_in"], line["sha256"], line["classes"]) == (str(path), sha256_file(path), ["bright", "dark"])
+    assert path.stat().st_size < 2e6                     # the convolutions, in float16, and hardly anything else
+    stored = torch.load(path, weights_only=True)
+    net = lpips.LPIPS(net="squeeze", lpips=False, verbose=False).net
+    for name, value in net.state_dict().items():
+        layer = name.split(".", 1)[1]                    # slice1.0.weight: the number is that of the layer in the trunk
+        assert torch.equal(value, stored[f"features.{layer}"].float())
+    done = run_script("tests/benchmarks/stand_in.py", *flags)
+    assert done.returncode == 2 and "lies there already" in done.stderr
 
 
 def test_every_benchmark_is_tested():

@@ -160,6 +160,22 @@ def test_variants_train(variant, data, monkeypatch, tmp_path):
     assert len(rows) == 1 and all(np.isfinite(float(rows[0][k])) for k in ("train_loss", "val_loss", "kl_raw"))
 
 
+def test_preset_is_its_flags_and_no_more(data, monkeypatch, tmp_path):
+    for name, flags in train.PRESETS.items():
+        plain, preset = (vars(train.parse_args(argv)[0]) for argv in ([], ["--preset", name]))
+        assert {k: v for k, v in preset.items() if v != plain[k]} == {**flags, "preset": name}
+        assert flags.keys() & train.MAY_DIFFER == set()
+    assert train.parse_args(["--preset", "best", "--prior", "vamp"])[0].prior == "vamp"
+    assert vars(train.parse_args(["--demo", "--preset", "best"])[0]).items() >= train.PRESETS["best"].items()
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--no-tensorboard", "--preset", "best")
+    main(monkeypatch, tmp_path, "--resume", "auto")
+    found = weights(tmp_path / "results/CrossVampVAE/last.pth")
+    assert found["epoch"] == 2 and found["args"].items() >= train.PRESETS["best"].items()
+    main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--no-tensorboard", "--exp_name", "plain")
+    with pytest.raises(UserError, match="was trained with other values of --preset"):
+        main(monkeypatch, tmp_path, "--exp_name", "plain", "--resume", "auto", "--preset", "best")
+
+
 def test_digits_need_nothing(monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, "--demo", "--epochs", 1, *TINY, "--batch_size", 400, "--no-tensorboard")
     assert len(history(tmp_path / "results" / "demo")) == 1
@@ -221,15 +237,19 @@ def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(monkeypatch, tmp_pa
 
 def test_stand_in_for_lpips_is_named_and_may_not_change_on_the_way(monkeypatch, tmp_path, fake_hub, capsys):
     fake_hub.squeezenet()
+    content = hub_file("squeezenet1_1-b8a52dc0.pth").read_bytes()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))                     # other tests keep theirs
+    path = hub_file("squeezenet1_1-b8a52dc0.pth")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
     flags = ["--dataset", "digits", "--img_size", 32, *TINY, "--lpips_net", "squeeze", "--epochs", 2, "--stop_epoch", 1,
              "--batch_size", 800, "--sample_every", 0, "--no-tensorboard", "--val_images", 20]
     main(monkeypatch, tmp_path, *flags)
     said = capsys.readouterr()
     assert "squeezenet1_1-b8a52dc0.pth is a stand-in, not the published file" in said.err
     assert "LPIPS-squeeze (squeezenet1_1-b8a52dc0.pth, a stand-in of that name)" in said.out
-    folder, digest = tmp_path / "results/CrossVampVAE", sha256_file(hub_file("squeezenet1_1-b8a52dc0.pth"))
+    folder, digest = tmp_path / "results/CrossVampVAE", sha256_file(path)
     assert json.loads((folder / "args.json").read_text())["lpips_sha256"] == digest == weights(folder / "last.pth")["lpips_id"]
-    path = hub_file("squeezenet1_1-b8a52dc0.pth")
     torch.save({k: v + 0.01 for k, v in torch.load(path).items()}, path)
     with pytest.raises(UserError, match=f"--lpips_net squeeze: .*last.pth was trained with other weights .*{digest[:8]}"):
         main(monkeypatch, tmp_path, "--resume", "auto")
