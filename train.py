@@ -1027,10 +1027,10 @@ def train(stack):
             save_curves(trainer.history, folder / "curves.png")
             if pictures_due(trainer):
                 save_images(trainer, held_out, None)
-    stop = StopRequest()
     stock = data                                          # what the steps train on
     if args.fit_prior:
         trainer.network, stock = PriorFit(model), encode_all(args, model, data, device)
+    stop = StopRequest()
     if args.compile:
         compile_step(trainer, (batch_size // process_count(), *stock.shape), amp)
     if process_count() > 1:
