@@ -145,6 +145,8 @@ def check_table(out, variants):
     for name, panels in (("samples.png", 1 + len(variants)), ("pseudo.png", 1)):
         with Image.open(out / name) as picture:
             assert picture.width == 480 * panels
+    with Image.open(out / "curves.png") as picture:
+        assert picture.size == (3 * 450, 405) and len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
 def test_table_holds_the_numbers_of_the_runs(finished):

@@ -19,6 +19,7 @@ Writes to --out
     pairs/NAME_sSEED.json       every command with its seconds, attempts and commit, and the numbers, once finished
     grid.csv, grid.md           the table, a row per variant
     grid.json                   everything of every finished pair of variant and seed
+    curves.png                  reconstruction, KL and effective components over the epochs
     samples.png, pseudo.png     the variants side by side, from the first finished seed of each
 """
 import argparse
@@ -285,7 +286,7 @@ class Pair:
         if args.distance:
             against = {"samples": ("samples", real("test")), "recon": ("reconstructions", real("test")),
                        "train": ("samples", real("train"))}
-            if self.args()["flow_length"]:
+            if self.args()["flow_length"] and self.args()["decode_from"] == "zK":
                 steps.append(("bypass", self.test_command(*export, "--do_fake", "False", "--recon_dirname", "bypassed",
                                                           "--recon_flow", "bypassed", "--do_pictures", "False"), None))
                 against["bypassed"] = ("bypassed", real("test"))
@@ -528,6 +529,35 @@ def save_pictures(out, records):
     return written
 
 
+CURVES = {"val_recon": "reconstruction, sum over pixels", "val_kl_raw": "KL, nats per image",
+          "effective_components": "effective components"}
+
+
+def save_curves(path, out, records):
+    """A panel for each of CURVES over the epochs: a colour for each variant, a line for each of its seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    variants = list(dict.fromkeys(r["variant"] for r in records))
+    styles = [(colour, dash) for dash in ("-", "--", ":") for colour in plt.get_cmap("tab10").colors]
+    fig, axes = plt.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4.5), constrained_layout=True)
+    for r in records:
+        history = pd.read_csv(out / "runs" / f"{r['variant']}_s{r['seed']}" / "history.csv")
+        i = variants.index(r["variant"])
+        first = r is next(other for other in records if other["variant"] == r["variant"])
+        for ax, column in zip(axes, CURVES):
+            ax.plot(history["epoch"], history[column], color=styles[i % len(styles)][0], linestyle=styles[i % len(styles)][1],
+                    label=r["variant"] if first else None, marker="o" if len(history) < 15 else None, markersize=3)
+    for ax, title in zip(axes, CURVES.values()):
+        ax.set(title=title, xlabel="epoch")
+        ax.grid(alpha=0.3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    fig.suptitle("Held-out images, EMA weights; a line for each seed", fontsize=10)
+    with atomic_write(path) as f:
+        fig.savefig(f, format="png", dpi=90)
+    plt.close(fig)
+
+
 def collect(out, records):
     """The table and the pictures of finished pairs."""
     table = table_of(records)
@@ -542,7 +572,8 @@ def collect(out, records):
         found = out / "runs" / name / "test" / "diagnostics.json"
         pairs.append({**r, "diagnostics": read_json(found)["diagnostics"] if found.exists() else None})
     write_json(out / "grid.json", {"pairs": pairs})
-    pictures = save_pictures(out, records)
+    save_curves(out / "curves.png", out, records)
+    pictures = ["curves.png", *save_pictures(out, records)]
     print(text)
     print(f"{len(records)} finished pairs; in {out}: grid.csv, grid.md, grid.json, {', '.join(pictures)}")
 
