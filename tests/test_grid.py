@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -213,9 +214,22 @@ def test_distances_and_another_variant_are_added(finished, tmp_path, monkeypatch
             a, b = (images(folder / f).astype(float).mean(0) for f in (real, f"{name}_s0/{fake}"))
             assert table.loc[name, column] == pytest.approx(np.abs(a - b).mean(), rel=1e-9)
     manifest = json.loads((folder / "CrossVampVAE_s0" / "bypassed" / "manifest.json").read_text())
-    assert manifest["latent"] == "posterior mean, flow bypassed"
+    assert manifest["latent"] == "one sample of the posterior, seed 0, flow bypassed"
     assert table.loc["VAE", "val_log_det"] == 0 != table.loc["CrossVampVAE", "val_log_det"]
     assert len(images(folder / "real_train_40")) == 40 and "distance.py" in (finished.out / "grid.md").read_text()
+
+
+@pytest.mark.parametrize("length, decode_from, seen", [(2, "zK", True), (2, "z0", False), (0, "zK", False)])
+def test_the_flow_is_bypassed_only_where_the_decoder_sees_it(length, decode_from, seen, monkeypatch):
+    args = argparse.Namespace(distance=["d", "{real}", "{fake}"], distance_key="fd", num_samples=4, do_pictures=False)
+    monkeypatch.setattr(grid.Pair, "args", lambda _: {"flow_length": length, "decode_from": decode_from})
+    of = object.__new__(grid.Pair)
+    of.name, of.seed, of.run, of.images = "x_s0", 0, Path("run"), Path("images")
+    of.grid = argparse.Namespace(args=args, real=lambda split: Path(split), device="cpu", out=Path("out"),
+                                 sharpness_command=lambda *_: [])
+    steps = [name for name, _, _ in of.later_steps()]
+    assert [s for s in steps if "bypass" in s] == ["bypass", "fd_bypassed"] * seen
+    assert {"fd_samples", "fd_recon", "fd_train"} <= set(steps)
 
 
 def test_parse_number():
