@@ -112,7 +112,8 @@ def build_parser():
     group = parser.add_argument_group("run")
     group.add_argument("--demo", action="store_true", help="digits and a small model; other flags still apply")
     group.add_argument("--preset", choices=PRESETS, default=None,
-                       help="best: what beats the published recipe at equal cost (README.md, Results); other flags still apply")
+                       help="best: a prior that keeps its components, at no more cost (README.md, Results); other flags "
+                            "still apply")
     group.add_argument("--exp_name", default="CrossVampVAE", help="the run's folder under save_dir")
     group.add_argument("--save_dir", default="./results", help="where runs are kept")
     group.add_argument("--resume", metavar="PATH", help="a checkpoint to go on from, or auto: the run's own last.pth")
