@@ -519,7 +519,8 @@ def save_pictures(out, records):
             samples.append((label, sheet(out / "images" / name / "samples", 1)))
         pictures = sorted((out / "runs" / name / "samples").glob("pseudo_*.png"))
         if pictures:
-            pseudo.append((f"{label}{', decoded means' if 'mog' in r['flags'] else ''}", read_image(pictures[-1])))
+            decoded = read_json(out / "runs" / name / "args.json")["prior"] == "mog"
+            pseudo.append((f"{label}{', decoded means' * decoded}", read_image(pictures[-1])))
     written = []
     for file, title, panels in (("samples.png", f"The first {PICTURED} samples of each variant", samples),
                                 ("pseudo.png", "Pseudo-inputs, the first 100 of each variant", pseudo)):
