@@ -51,7 +51,9 @@ class Classifier(nn.Module):
 
     def __init__(self, net, size, classes):
         super().__init__()
-        self.trunk = getattr(torchvision.models, NETWORKS[net])(weights=None).features
+        trunk = getattr(torchvision.models, NETWORKS[net])(weights=None).features
+        # The maximum over the picture makes a last pooling idle, and without it VGG takes images of 16x16.
+        self.trunk = trunk[:-1] if isinstance(trunk[-1], nn.MaxPool2d) else trunk
         for m in self.trunk.modules():                    # torchvision's own start is too small for 16 layers without norms
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
@@ -129,7 +131,8 @@ def main():
     for epoch in range(args.epochs):
         generator = seeded("cpu", args.seed, "stand-in", epoch)
         order = torch.randperm(len(train), generator=generator)[:steps * args.batch_size].view(steps, -1)
-        for chosen in tqdm(order.to(device), desc=f"epoch {epoch + 1}/{args.epochs}", mininterval=10):
+        bar = tqdm(order.to(device), desc=f"epoch {epoch + 1}/{args.epochs}", mininterval=10)
+        for i, chosen in enumerate(bar):
             logits = model(augment(to_float(train[chosen]), generator))
             loss = F.cross_entropy(logits, y[chosen], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
@@ -137,6 +140,8 @@ def main():
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            if i % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     with torch.no_grad():
         found = torch.cat([model(to_float(batch)).argmax(1) for batch in test.split(500)])
     accuracy = (found == y_test).double().mean().item()
