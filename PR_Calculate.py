@@ -699,9 +699,9 @@ def folder_features(extractor, surveys, batch_size, cache=None, progress=False):
         computed = part is None
         if computed:
             paths = [first[digest] for digest in new]
-            # Decoded a few batches at a time: the folder need not fit into memory.
-            blocks = (decode_images(paths[s:s + 4 * batch_size], progress=False)
-                      for s in range(0, len(paths), 4 * batch_size))
+            # Decoded a few batches at a time, or a quarter of a GiB: the folder need not fit into memory.
+            block = max(4, 2 ** 28 // (batch_size * read_image(paths[0]).size)) * batch_size
+            blocks = (decode_images(paths[s:s + block], progress=False) for s in range(0, len(paths), block))
             batches = (batch for block in blocks for batch in block.split(batch_size))
             part = extract_features(extractor, batches, len(paths), f"features of {Path(survey.folder).name}", progress)
         row |= {digest: len(row) + n for n, digest in enumerate(new)}

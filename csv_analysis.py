@@ -18,14 +18,11 @@ import argparse
 import hashlib
 import io
 import json
-import multiprocessing
 import re
-import signal
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -43,6 +40,7 @@ from utils import (
     atomic_write,
     atomic_write_all,
     cpu_count,
+    in_processes,
     list_images,
     png_is_whole,
     read_image,
@@ -228,39 +226,17 @@ def analyse_files(paths, r0, skip_corrupt):
     return values, digests, sizes
 
 
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the parent's to answer
-
-
 def analyse(files, r0=0.25, skip_corrupt=False, workers=1, batch_size=256):
     """analyse_files over any number of files, on `workers` processes (1 = in this one), with a progress bar."""
     chunks = [[str(f) for f in files[i:i + batch_size]] for i in range(0, len(files), batch_size)]
     work = partial(analyse_files, r0=r0, skip_corrupt=skip_corrupt)
     values, digests, sizes = [], [], Counter()
-
-    def collect(results):
-        with tqdm(total=len(files), desc="sharpness", unit="img", disable=len(files) < 1000, leave=False) as bar:
-            for v, d, s in results:
-                values.append(v)
-                digests.extend(d)
-                sizes.update(s)
-                bar.update(len(d))
-
-    workers = min(workers, len(chunks))
-    if workers == 1:
-        collect(map(work, chunks))
-    else:
-        # Processes, since decoding a small file is mostly Python, where threads wait for each other. A forked worker
-        # starts at once; a spawned one imports everything again.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-            try:
-                collect(pool.map(work, chunks))
-            except BrokenProcessPool:
-                raise UserError("a worker process was killed, out of memory perhaps; use fewer --workers or a smaller "
-                                "--batch_size") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+    with tqdm(total=len(files), desc="sharpness", unit="img", disable=len(files) < 1000, leave=False) as bar:
+        for v, d, s in in_processes(work, chunks, workers):
+            values.append(v)
+            digests.extend(d)
+            sizes.update(s)
+            bar.update(len(d))
     return np.concatenate(values), digests, dict(sorted(sizes.items()))
 
 

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -39,6 +40,7 @@ __all__ = [
     "UserError", "run", "FlagParser", "true_false", "add_data_flags", "add_device_flag",
     "pick_device", "seeded", "cpu_count",
     "join_processes", "process_count", "is_main", "my_share", "gather", "all_mean",
+    "in_processes",
     "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
     "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
     "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images",
@@ -231,6 +233,67 @@ def all_mean(tensor):
     total = tensor.clone()
     dist.all_reduce(total)
     return total / process_count()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker processes: a DataLoader's, which end when this process does, even by kill -9
+
+class _Calls(torch.utils.data.Dataset):
+    """work(item) of every item, or the error that it raised."""
+
+    def __init__(self, work, items):
+        self.work, self.items = work, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:
+            return self.work(self.items[i])
+        except (UserError, OSError) as e:                 # raised here, it would lose its file and number on the way
+            return e
+
+
+def _as_it_is(value):
+    return value
+
+
+def in_processes(work, items, workers):
+    """work(item) for each of a list of items, in order, from worker processes (fewer than two: in this one).
+
+    For what is mostly Python, where threads only wait for each other. Raises what work raises, and UserError if a worker is
+    killed.
+    """
+    workers = min(workers, len(items))
+    if workers < 2:
+        yield from map(work, items)
+        return
+    # Results come through a pipe, not as tensors: containers often have little shared memory.
+    loader = torch.utils.data.DataLoader(_Calls(work, items), batch_size=None, num_workers=workers, collate_fn=_as_it_is,
+                                         worker_init_fn=_leave_signals_to_the_parent)
+    for result in _from_loader(loader):
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
+def _leave_signals_to_the_parent(_worker):
+    # A process group of its own: Ctrl-C, or a signal to the whole job, asks the parent alone, which then ends its workers
+    # (so they must not ignore SIGTERM themselves).
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+def _from_loader(loader):
+    """What a DataLoader gives; a UserError in a worker arrives with its traceback as the message, and is one here."""
+    try:
+        yield from loader
+    except UserError as e:
+        raise UserError(str(e).rsplit("UserError: ", 1)[-1].strip()) from None
+    except RuntimeError as e:
+        if "DataLoader worker (pid" not in str(e):
+            raise
+        raise UserError("a worker process was killed, out of memory perhaps; free some and run again") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,32 +616,47 @@ def read_image(path, channels=3, size=None):
         raise UserError(f"{path}: cannot be read as an image; delete or replace it") from None
 
 
+MANY_IMAGES = 4096                  # from here on, starting worker processes to decode them is worth it
+CHUNK = 256                         # images that a worker decodes at a time, fewer of large ones
+
+
+def _read_stack(paths, channels, size, like):
+    """Image files of one size (or brought to `size`) -> uint8 (n, H, W) or (n, H, W, 3); like: (path, shape) of the first."""
+    images = []
+    for path in paths:
+        image = read_image(path, channels, size)
+        if image.shape != like[1]:
+            raise UserError(f"{path}: {image.shape[1]}x{image.shape[0]} pixels, but {like[0]} has "
+                            f"{like[1][1]}x{like[1][0]}; one size is needed here")
+        images.append(image)
+    return np.stack(images)
+
+
 def decode_images(paths, channels=3, size=None, desc="decoding images", progress=True):
-    """Image files of one size (or brought to `size`) -> uint8 tensor (N, C, H, W); large ones in parallel."""
-    first = read_image(paths[0], channels, size)
-    out = np.empty((len(paths), *first.shape), np.uint8)
-
-    def fill(i):
-        image = read_image(paths[i], channels, size)
-        if image.shape != first.shape:
-            raise UserError(f"{paths[i]}: {image.shape[1]}x{image.shape[0]} pixels, but {paths[0]} has "
-                            f"{first.shape[1]}x{first.shape[0]}; one size is needed here")
-        out[i] = image
-
-    # Decoding a small file is mostly Python, where threads only wait for each other (half the rate of one, measured).
-    small = os.path.getsize(paths[0]) < 32 * 1024
-    with ThreadPoolExecutor(1 if small else cpu_count()) as pool:
-        bar = tqdm(total=len(paths), desc=desc, unit="img", disable=not progress or len(paths) < 1000, leave=False)
-        try:
-            # In chunks, so that an unreadable file stops the work instead of being found at the very end.
-            for start in range(0, len(paths), 4096):
-                chunk = range(start, min(start + 4096, len(paths)))
-                list(map(fill, chunk) if small else pool.map(fill, chunk))
-                bar.update(len(chunk))
-        finally:
-            bar.close()
+    """Image files of one size (or brought to `size`) -> uint8 tensor (N, C, H, W); many, or large ones, in parallel."""
+    shape = read_image(paths[0], channels, size).shape
+    out = np.empty((len(paths), *shape), np.uint8)
+    read = functools.partial(_read_stack, channels=channels, size=size, like=(paths[0], shape))
+    chunk = min(CHUNK, max(1, 2 ** 22 // out[0].size))    # of 4 MiB at most
+    chunks = [paths[i:i + chunk] for i in range(0, len(paths), chunk)]
+    many, small = len(paths) >= MANY_IMAGES, os.path.getsize(paths[0]) < 32 * 1024
+    decoded = in_processes(read, chunks, cpu_count() // process_count()) if many else \
+        map(read, chunks) if small else _in_threads(read, [[path] for path in paths])
+    start = 0
+    with tqdm(total=len(paths), desc=desc, unit="img", leave=False, disable=not progress or len(paths) < 1000) as bar:
+        for images in decoded:
+            out[start:start + len(images)] = images
+            start += len(images)
+            bar.update(len(images))
     tensor = torch.from_numpy(out)
     return tensor[:, None] if channels == 1 else tensor.permute(0, 3, 1, 2).contiguous()
+
+
+def _in_threads(work, items):
+    """work(item) for each item, in order, from a thread a core; an error stops the work soon."""
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        for start in range(0, len(items), 256):
+            yield from pool.map(work, items[start:start + 256])
 
 
 @torch.no_grad()
@@ -648,13 +726,6 @@ class MemoryImages:
             yield self.images[indices.to(self.images.device)].to(device)
 
 
-def _leave_signals_to_the_parent(_worker):
-    # A process group of its own: Ctrl-C, or a signal to the whole job, asks the parent alone, which then ends its workers
-    # (so they must not ignore SIGTERM themselves).
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-
-
 class StreamedImages:
     """A data set too large to keep: files decoded as they are needed, by worker processes."""
 
@@ -681,11 +752,8 @@ class StreamedImages:
         loader = torch.utils.data.DataLoader(self, batch_sampler=[b.tolist() for b in index_batches],
                                              num_workers=self.workers, pin_memory=device.type == "cuda",
                                              worker_init_fn=_leave_signals_to_the_parent)
-        try:
-            for batch in loader:
-                yield batch.to(device, non_blocking=True)
-        except UserError as e:                            # a worker's error arrives with its traceback as the message
-            raise UserError(str(e).rsplit("UserError: ", 1)[-1].strip()) from None
+        for batch in _from_loader(loader):
+            yield batch.to(device, non_blocking=True)
 
 
 def _resize(images, size):

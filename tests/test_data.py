@@ -1,12 +1,17 @@
 """Images in and out: reading, resizing, splitting, listing, atomic files."""
 import argparse
+import subprocess
+import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import ROOT, write_images
 from PIL import Image
 
+import utils
 from utils import (
     MANIFEST,
     LatentHealth,
@@ -144,6 +149,67 @@ def test_one_size_is_needed_where_none_is_given(tmp_path):
     write_images(tmp_path / "b", 1, size=9)
     with pytest.raises(UserError, match="9x9 pixels"):
         decode_images(list_images(tmp_path))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_many_files_are_decoded_by_processes_to_the_same_images(channels, tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    write_images(folder, 21, size=24)
+    files = list_images(folder)
+    alone = decode_images(files, channels, 16)
+    assert torch.equal(alone, torch.stack([torch.tensor(read_image(f, channels, 16)).reshape(16, 16, channels)
+                                           for f in files]).permute(0, 3, 1, 2))
+    monkeypatch.setattr(utils, "MANY_IMAGES", 20)
+    monkeypatch.setattr(utils, "CHUNK", 4)
+    monkeypatch.setattr(utils, "cpu_count", lambda: 2)
+    assert torch.equal(decode_images(files, channels, 16), alone)
+    (folder / "00013.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="00013.png: cannot be read as an image"):
+        decode_images(files, channels, 16)
+    (folder / "00009.png").unlink()
+    with pytest.raises(FileNotFoundError) as error:       # with its name and number, which run() turns into a line
+        decode_images(files, channels, 16)
+    assert error.value.filename == str(folder / "00009.png")
+    write_images(tmp_path / "other", 1, size=9)
+    with pytest.raises(UserError, match="9x9 pixels, but .*24x24"):
+        decode_images([*files[:8], *list_images(tmp_path / "other"), *files[14:], *files[:8]], channels)
+
+
+def start_workers(work, items):
+    """A program that calls in_processes with `work`, the body of a function of `item`, on two processes."""
+    program = (f"import os, signal, time, utils\ndef work(item):\n{textwrap.indent(work, '    ')}\n"
+               f"def main():\n    print(sum(utils.in_processes(work, list(range({items})), 2)))\nutils.run(main)\n")
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def running(pid):
+    """Is there such a process, and not only its remains?"""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_workers_end_with_their_killed_owner(tmp_path):
+    owner = start_workers(f"open(f'{tmp_path}/{{os.getpid()}}', 'w').close()\ntime.sleep(0.1)\nreturn item", 3000)
+    for _ in range(600):
+        if len(workers := [int(p.name) for p in tmp_path.iterdir()]) == 2 or owner.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert len(workers) == 2 and all(map(running, workers))
+    owner.kill()
+    owner.communicate()
+    for _ in range(300):
+        if not any(map(running, workers)):
+            break
+        time.sleep(0.1)
+    assert not any(map(running, workers))
+
+
+def test_results_of_workers_come_in_order_and_a_killed_worker_is_one_line():
+    assert start_workers("time.sleep(0.2 * (item == 0))\nreturn item", 4).communicate(timeout=300) == ("6\n", "")
+    assert list(utils.in_processes(str, [3, 1, 2], 2)) == ["3", "1", "2"]
+    out, err = start_workers("if item == 2:\n    os.kill(os.getpid(), signal.SIGKILL)\nreturn item", 4).communicate(timeout=300)
+    assert out == "" and err.startswith("error: a worker process was killed") and err.count("\n") == 1
 
 
 def test_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
