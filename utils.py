@@ -640,7 +640,7 @@ def decode_images(paths, channels=3, size=None, desc="decoding images", progress
     chunk = min(CHUNK, max(1, 2 ** 22 // out[0].size))    # of 4 MiB at most
     chunks = [paths[i:i + chunk] for i in range(0, len(paths), chunk)]
     many, small = len(paths) >= MANY_IMAGES, os.path.getsize(paths[0]) < 32 * 1024
-    decoded = in_processes(read, chunks, cpu_count() // process_count()) if many else \
+    decoded = in_processes(read, chunks, min(cpu_count() // process_count(), 16)) if many else \
         map(read, chunks) if small else _in_threads(read, [[path] for path in paths])
     start = 0
     with tqdm(total=len(paths), desc=desc, unit="img", leave=False, disable=not progress or len(paths) < 1000) as bar:

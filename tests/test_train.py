@@ -732,6 +732,24 @@ def test_fast_paths_learn_the_same(flags, data, monkeypatch, tmp_path):
             assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-2), (column, a["epoch"])
 
 
+@pytest.mark.parametrize("flags", [pytest.param(("--device", "cpu", "--amp", "bf16"), marks=pytest.mark.slow),
+                                   pytest.param(("--device", "cuda"), marks=pytest.mark.gpu)], ids=" ".join)
+def test_bf16_learns_what_float32_does(flags, data, monkeypatch, tmp_path):
+    """Over 200 steps bf16 (on a GPU with the compiler, its default there) stays far nearer to the float32 run of the same
+    seed than another seed does, and ends no worse."""
+    common = [*data, "--epochs", 40, "--lr", 1e-3, "--warmup_epochs", 0, "--sample_every", 0, "--no-tensorboard"]
+    float32 = ["--device", flags[1], "--amp", "none", "--no-compile", "--no-channels_last"]
+    runs = {"float32": float32, "other seed": [*float32, "--seed", 1], "fast": flags}
+    for name, own in runs.items():
+        main(monkeypatch, tmp_path, *common, *own, "--exp_name", name)
+    for column in ("train_loss", "val_loss", "kl_raw"):
+        exact, other, fast = (np.array([float(row[column]) for row in history(tmp_path / "results" / name)]) for name in runs)
+        away, noise = np.abs(fast - exact).mean(), np.abs(other - exact).mean()
+        print(f"{column}: {exact[0]:.3f} -> {exact[-1]:.3f}, fast {fast[-1]:.3f}; mean difference {away:.4f}, seeds {noise:.4f}")
+        assert 0 < away < 0.5 * noise, column
+        assert fast[-1] == pytest.approx(exact[-1], rel=0.03), column
+
+
 def test_failing_compiler_is_a_note(data, monkeypatch, tmp_path, capsys):
     def broken(*_, **__):
         raise RuntimeError("no compiler\nhere")

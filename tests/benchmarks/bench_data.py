@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_data.py --folder path/to/images --size 64
 
 One JSON line per case (report.py says what stands in it).
-decode   utils.decode_images (threads) and a loop of PIL over the same files
+decode   utils.decode_images (a process a core from 4,096 files on) and a loop of PIL over the same files
 batches  batches of 128 with random flips, as train.py takes them from memory, and from a DataLoader with four workers
          and torchvision's transforms, which decodes the files again in every epoch
 """
