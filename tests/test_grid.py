@@ -84,6 +84,32 @@ def images(folder):
     return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))])
 
 
+def gaussian_distance(a, b):
+    """The Fréchet distance of two sets of points without any covariance: the trace of the matrix square root is the sum of
+    the singular values of the centred points' inner products."""
+    x, y = a - a.mean(0), b - b.mean(0)
+    cross = np.linalg.svd(x @ y.T, compute_uv=False).sum() / math.sqrt((len(x) - 1) * (len(y) - 1))
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum() - 2 * cross
+
+
+def test_pixel_distance_sees_contrast_and_colour(tmp_path):
+    rng = np.random.default_rng(0)
+    a = rng.integers(65, 186, (50, 16, 16, 3)).repeat(3, 1).repeat(3, 2)                 # 48x48: three pixels to one
+    variants = {"a": a, "loud": 2 * (a - 125) + 125, "red": a + [30, 0, 0]}
+    for name, arrays in variants.items():
+        (tmp_path / name).mkdir()
+        for i, x in enumerate(arrays):
+            Image.fromarray(x.clip(0, 255).astype(np.uint8)).save(tmp_path / name / f"{i}.png")
+    found = {name: grid.pixel_statistics(tmp_path / name) for name in variants}
+    assert found["a"][1].shape == (768, 768)
+    assert grid.frechet_distance(*found["a"], *found["a"]) == pytest.approx(0, abs=1e-6)
+    assert grid.frechet_distance(*found["a"], *found["red"]) == pytest.approx(256 * (30 / 255) ** 2, rel=1e-3)
+    centred = (a[:, ::3, ::3] / 255).reshape(50, -1)
+    spread = np.trace(np.cov(centred.T))
+    shift = ((centred.mean(0) - 125 / 255) ** 2).sum()
+    assert grid.frechet_distance(*found["a"], *found["loud"]) == pytest.approx(spread + shift, rel=1e-3)
+
+
 def state(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and "logs" not in p.parts}
 
@@ -137,6 +163,10 @@ def check_table(out, variants):
         fake, real = (sharpness(images(out / "images" / folder))["lap_var"].mean()
                       for folder in (f"{name}_s0/samples", "real_test"))
         assert row["sharpness_ratio"] == pytest.approx(fake / real, rel=1e-9)
+        for what, folder in (("samples", "samples"), ("recon", "reconstructions")):
+            a, b = (images(out / "images" / where).reshape(-1, 16 * 16 * 3) / 255
+                    for where in ("real_test", f"{name}_s0/{folder}"))
+            assert row[f"pixel_{what}"] == pytest.approx(gaussian_distance(a, b), rel=1e-4)
         record = pair(out, f"{name}_s0")
         assert row["train_s"] == record["steps"]["train"]["seconds"] > 0
         counts = {d: len(images(out / "images" / f"{name}_s0" / d)) for d in ("samples", "reconstructions")}

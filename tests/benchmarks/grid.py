@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -46,9 +47,11 @@ from utils import (
     UserError,
     atomic_write,
     decode_images,
+    frechet_distance,
     image_grid,
     list_images,
     load_model,
+    mean_and_covariance,
     read_image,
     read_json,
     run,
@@ -83,8 +86,10 @@ HISTORY = ("val_loss", "val_recon", "val_kl_raw", "val_log_det", "active_units",
 HEADINGS = {"val_loss": "val_loss", "val_recon": "reconstruction", "val_kl_raw": "KL_Raw, nats",
             "val_log_det": "E log det, nats", "active_units": "active units",
             "effective_components": "effective components", "dead_components": "dead components",
+            "pixel_samples": "pixel FD samples", "pixel_recon": "pixel FD reconstructions",
             "sharpness_ratio": "sharpness / real", "train_s": "training, s", "parameters": "parameters"}
 PICTURED = 32                # images of each variant in samples.png
+PIXELS = 16                  # pixels a side that are left of an image for the pixel FD: 768 numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,10 +315,22 @@ class Pair:
                       for tag in (self.name, "real"))
         model, _ = load_model(self.run / "last.pth", "cpu")
         steps = self.record["steps"]
+        held_out = pixel_statistics(self.grid.real("test"))
         return {**{name: self.record["last_epoch"][name] for name in HISTORY},
                 **{step: entry["value"] for step, entry in steps.items() if "value" in entry},
+                **{f"pixel_{what}": frechet_distance(*held_out, *pixel_statistics(self.images / folder))
+                   for what, folder in (("samples", "samples"), ("recon", "reconstructions"))},
                 "sharpness_ratio": ours / real if real else None, "train_s": steps["train"]["seconds"],
                 "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def pixel_statistics(folder):
+    """Mean and covariance of the images of a folder as vectors of RGB in [0, 1], reduced to PIXELS a side by averaging."""
+    pixels, paths = [], list_images(folder)
+    for start in range(0, len(paths), 1000):                    # the folder need not fit into memory
+        x = decode_images(paths[start:start + 1000], progress=False).float() / 255
+        pixels.append(F.adaptive_avg_pool2d(x, min(PIXELS, x.shape[-1])).flatten(1).numpy())
+    return mean_and_covariance(np.concatenate(pixels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,7 +438,7 @@ def finished_pairs(out):
 def table_of(records):
     """A row per variant: seeds, then mean and standard deviation (N - 1, NaN for one seed) of every value."""
     columns = [*HISTORY, *dict.fromkeys(name for r in records for name in r["values"] if name not in HEADINGS),
-               "sharpness_ratio", "train_s", "parameters"]
+               "pixel_samples", "pixel_recon", "sharpness_ratio", "train_s", "parameters"]
     rows = []
     for variant in dict.fromkeys(r["variant"] for r in records):
         of_variant = [r for r in records if r["variant"] == variant]
@@ -451,7 +468,9 @@ def markdown(table, records, out):
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "Mean ± standard deviation over the seeds (N - 1; from two or three seeds it is itself uncertain). Held-out "
               "images and EMA weights at the end of the training, columns as in history.csv (a val_loss without LPIPS lacks "
-              "that term). sharpness / real: mean Laplacian variance of the samples over that of the held-out images. Seconds "
+              "that term). Pixel FD: Fréchet distance to the held-out images in their pixels "
+              f"(reduced to {PIXELS} a side): means and covariances of colours, contrast and coarse shapes, no content. "
+              "sharpness / real: mean Laplacian variance of the samples over that of the held-out images. Seconds "
               "of the wall clock, start and validation included."]
 
     def distinct(values, quote="`"):
