@@ -700,7 +700,8 @@ def folder_features(extractor, surveys, batch_size, cache=None, progress=False):
         if computed:
             paths = [first[digest] for digest in new]
             # Decoded a few batches at a time, or a quarter of a GiB: the folder need not fit into memory.
-            block = max(4, 2 ** 28 // (batch_size * read_image(paths[0]).size)) * batch_size
+            size = read_image(paths[0]).size if paths else 1             # none where all are in a folder before this one
+            block = max(4, 2 ** 28 // (batch_size * size)) * batch_size
             blocks = (decode_images(paths[s:s + block], progress=False) for s in range(0, len(paths), block))
             batches = (batch for block in blocks for batch in block.split(batch_size))
             part = extract_features(extractor, batches, len(paths), f"features of {Path(survey.folder).name}", progress)
