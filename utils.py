@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -14,11 +15,13 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from urllib.error import URLError
 
@@ -236,45 +239,38 @@ def all_mean(tensor):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Worker processes: a DataLoader's, which end when this process does, even by kill -9
-
-class _Calls(torch.utils.data.Dataset):
-    """work(item) of every item, or the error that it raised."""
-
-    def __init__(self, work, items):
-        self.work, self.items = work, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        try:
-            return self.work(self.items[i])
-        except (UserError, OSError) as e:                 # raised here, it would lose its file and number on the way
-            return e
-
-
-def _as_it_is(value):
-    return value
-
+# Worker processes
 
 def in_processes(work, items, workers):
     """work(item) for each of a list of items, in order, from worker processes (fewer than two: in this one).
 
     For what is mostly Python, where threads only wait for each other. Raises what work raises, and UserError if a worker is
-    killed.
+    killed. The workers end when this process does, even by kill -9.
     """
     workers = min(workers, len(items))
     if workers < 2:
         yield from map(work, items)
         return
-    # Results come through a pipe, not as tensors: containers often have little shared memory.
-    loader = torch.utils.data.DataLoader(_Calls(work, items), batch_size=None, num_workers=workers, collate_fn=_as_it_is,
-                                         worker_init_fn=_leave_signals_to_the_parent)
-    for result in _from_loader(loader):
-        if isinstance(result, Exception):
-            raise result
-        yield result
+    # A forked worker starts at once; a spawned one imports everything again.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
+    try:
+        yield from pool.map(work, items)
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, out of memory perhaps; free some and run again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(owner):
+    """Leave signals to the owner, and end with it: the pool's workers would wait for work for ever."""
+    def watch():
+        while os.getppid() == owner:
+            time.sleep(1)
+        os._exit(1)
+
+    _leave_signals_to_the_parent(None)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _leave_signals_to_the_parent(_worker):
