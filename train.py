@@ -79,7 +79,7 @@ from utils import (
 LPIPS_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
 # What --demo changes; any flag beside it still wins.
-DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[24, 48, 96], latent_dim=16, num_components=50,
+DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64], latent_dim=16, num_components=50,
             flow_length=2, flow_seq_len=2, flow_embed_dim=32, flow_heads=2, flow_layers=1, lpips_net="none", fid_every=0,
             epochs=30, warmup_epochs=0, beta_max=0.4, free_bits=0.0, lr=2e-3, ema_decay=0.99, batch_size=64,
             sample_every=10, threads=1, overwrite=True)

@@ -23,16 +23,19 @@ SCRIPTS = {                     # flags, cases of the lines, those that are set 
     "bench_export": (["--images", 20, "--size", 16, "--repeat", 1], ["write", "sample", "export"], {"write", "export"}),
     "bench_data": (["--images", 150, "--size", 8, "--rounds", 1], ["decode", "batches"], {"decode", "batches"}),
     "bench_fid": (["--images", 4, "--dims", 64, "--rounds", 1, "--device", "cpu"], ["fid features"], {"fid features"}),
-    "bench_train": ([*NETWORK, "--no_lpips", "--rounds", 1, "--parts", "--cases", "plain", "layout"],
+    "bench_train": ([*NETWORK, "--img_size", 16, "--rounds", 1, "--parts", "--profile", "layout", "--cases", "plain", "layout"],
                     ["plain", "layout", "part: encoder", "part: flow", "part: prior with its pseudo-inputs", "part: decoder",
-                     "part: clipping, optimiser and EMA"], {"layout"}),
+                     "part: LPIPS", "part: clipping, optimiser and EMA", "profile: layout"], {"layout"}),
     "bench_scaling": ([*NETWORK, "--lpips_net", "none", "--rounds", 1, "--batch_sizes", 2, "--components", 3, 5,
                        "--flow_lengths", 0, "--images", 130, "--dims", 8],
                       ["batch", "batch", "components", "components", "flow", "images", "images", "images"], set()),
 }
 
 
-@pytest.mark.parametrize("name", [n if n == "bench_pr" else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS])
+QUICK = {"bench_pr", "bench_train"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS])
 def test_benchmark_prints_a_line_of_json_for_each_case(name, tmp_path, fake_hub):
     flags, cases, with_plain = SCRIPTS[name]
     if name == "bench_fid":
@@ -43,9 +46,12 @@ def test_benchmark_prints_a_line_of_json_for_each_case(name, tmp_path, fake_hub)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["case"] for line in lines] == cases
     for line in lines:
+        assert line["versions"]["torch"] == torch.__version__.split("+")[0] and "core" in line["device"]
+        if line["case"].startswith("profile"):
+            assert len(line["share_of_time"]) == 25 and 0.5 < sum(line["share_of_time"].values()) <= 1.001
+            continue
         assert line.keys() >= LINE | (PLAIN if line["case"] in with_plain else set())
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float)) and line["per_second"] > 0
-        assert line["versions"]["torch"] == torch.__version__.split("+")[0] and "core" in line["device"]
     assert not plot or Path(plot[1]).stat().st_size > 10000
 
 
