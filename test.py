@@ -90,6 +90,7 @@ from utils import (
     save_png,
     seeded,
     sha256_file,
+    spread,
     to_float,
     to_uint8,
     true_false,
@@ -203,13 +204,6 @@ def require_plain_name(what, name):
 def progress_bar(total, desc):
     """A bar for eyes, not for log files; of the main process alone."""
     return tqdm(total=total, desc=desc, unit="img", disable=None if is_main() else True, leave=False)
-
-
-def spread(n, total):
-    """n indices evenly spaced over range(total), all of them if n is 0 or too many: the files of a data set are often
-    sorted by class, and the first n would show only one."""
-    n = min(n or total, total)
-    return torch.arange(n) * total // n
 
 
 def my_batches(n, size):

@@ -68,6 +68,7 @@ from utils import (
     save_checkpoint,
     save_png,
     seeded,
+    spread,
     to_float,
     to_uint8,
     true_false,
@@ -213,11 +214,18 @@ def parse_args(argv=None):
         action.default = argparse.SUPPRESS
     given = set(vars(silent.parse_args(argv)))
     first = parser.parse_args(argv)
+    recipe = {name: parser.get_default(name) for name in ("decode_from", "mixture_weights")}
     parser.set_defaults(**PRESETS.get(first.preset, {}))
     if first.demo:
         # Running the demo twice is no accident; a run with a name or place of its own is not to be lost.
         parser.set_defaults(**{**DEMO, "overwrite": not given & {"exp_name", "save_dir"}})
-    return parser.parse_args(argv), given
+    args = parser.parse_args(argv)
+    # Of a preset: what a flag that was given leaves without a meaning.
+    if args.preset:
+        for name, meaningless in (("decode_from", args.flow_length == 0), ("mixture_weights", args.prior == "standard")):
+            if meaningless and name not in given:
+                setattr(args, name, recipe[name])
+    return args, given
 
 
 def check_flags(args, given):
@@ -352,15 +360,16 @@ def build_lpips(net, linear, device, shape):
     import lpips
     model, digest = load_hub_weights(LPIPS_FILES[net], "use --lpips_net none",
                                      lambda: lpips.LPIPS(net=net, lpips=linear, verbose=False))
-    model = model.to(device).requires_grad_(False)
+    model.requires_grad_(False)
 
     def loss(a, b):
         return model(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)).flatten()
 
-    try:
-        loss(*torch.zeros(2, 1, *shape, device=device))
+    try:                                # before it goes to the device, where much else can fail
+        loss(*torch.zeros(2, 1, *shape))
     except RuntimeError:
         raise UserError(f"--lpips_net {net} needs larger images than --img_size {shape[1]}; use another net or none") from None
+    model.to(device)
     loss.sha256 = digest
     return loss
 
@@ -593,6 +602,12 @@ class Trainer:
             self.best_fid, self.history = float(checkpoint["best_fid"]), checkpoint["history"]
             moments = [{k: v.shape for k, v in self.optimizer.state[p].items()} for p in self.parameters]
             shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in self.parameters]
+            # The parameters' memory layout, which --channels_last or the device may have changed: loading keeps the
+            # saved one, and a fused optimiser pairs elements by their place in memory.
+            for p in self.parameters:
+                for k, v in self.optimizer.state[p].items():
+                    if v.shape == p.shape and v.stride() != p.stride():
+                        self.optimizer.state[p][k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
             if not (same_kind(self.optimizer.state_dict()["param_groups"], groups)
                     and same_kind(self.scheduler.state_dict(), schedule) and self.scheduler.last_epoch == self.step
                     and (moments == shapes or self.step == 0)
@@ -732,13 +747,14 @@ def until_stopped(batches, stop):
 def evaluate(trainer, lpips, data, stop):
     """Held-out loss with beta_max and the health of the latent space, of the weights that are sampled from."""
     args, model = trainer.args, trainer.best_weights
-    n = min(args.val_images or len(data), len(data))
+    chosen = spread(args.val_images, len(data))
+    n = len(chosen)
     # The same noise at every epoch and in every run: differences are the model's.
     mine = my_share(n)
     eps = torch.randn(n, args.latent_dim, generator=seeded("cpu", "validation"))[mine].to(trainer.device)
     prior = model.prior_params()
     health, pixel, perceptual, done = LatentHealth(), 0.0, 0.0, 0
-    indices = [i for i in torch.arange(n)[mine].split(args.eval_batch_size) if len(i)]
+    indices = [i for i in chosen[mine].split(args.eval_batch_size) if len(i)]
     for batch in until_stopped(data.batches(indices, trainer.device), stop):
         x = to_float(batch)
         out = model(x, eps[done:done + len(x)], prior)
@@ -786,8 +802,8 @@ def save_images(trainer, held_out, writer):
     folder = trainer.folder / "samples"
     folder.mkdir(exist_ok=True)
     grids = {"samples": (to_uint8(model.sample(args.grid_images, generator=seeded("cpu", args.seed, "grid"))), 8)}
-    n = min(32, len(held_out))
-    originals = held_out.take(range(n)).to(trainer.device)
+    chosen = spread(32, len(held_out)).tolist()
+    n, originals = len(chosen), held_out.take(chosen).to(trainer.device)
     decoded = to_uint8(model.reconstruct(to_float(originals)))
     rows = [x for i in range(0, n, 8) for x in (originals[i:i + 8], decoded[i:i + 8])]
     grids["recon"] = torch.cat([torch.cat([r, r.new_full((8 - len(r), *r.shape[1:]), 255)]) for r in rows]), 8
@@ -1037,7 +1053,8 @@ def train(stack):
         compile_step(trainer, (batch_size // process_count(), *stock.shape), amp)
     if process_count() > 1:
         trainer.network = torch.nn.parallel.DistributedDataParallel(
-            trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+            trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+            broadcast_buffers=False)                      # the only ones are the flow's permutations, which are constant
     if is_main():
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device),
@@ -1092,7 +1109,9 @@ def train(stack):
         print(f"stopped at epoch {trainer.epoch}, step {trainer.step}; go on with: "
               f"python train.py --resume {shlex.quote(str(folder / 'last.pth'))}")
         sys.exit(128 + stop.signum)
-    print(f"done: {folder} (pictures in {folder / 'samples'}, curves in {folder / 'curves.png'})")
+    left = [f"{what} in {folder / name}" for what, name in (("pictures", "samples"), ("curves", "curves.png"))
+            if (folder / name).exists()]
+    print(f"done: {folder}" + (f" ({', '.join(left)})" if left else ""))
 
 
 def self_check(model):

@@ -1,5 +1,6 @@
 """Images in and out: reading, resizing, splitting, listing, atomic files."""
 import argparse
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -126,6 +127,24 @@ def test_streamed_images_equal_cached_ones(tmp_path):
     for a, b in zip(cached.batches(order, torch.device("cpu")), streamed.batches(order, torch.device("cpu"))):
         assert torch.equal(a, b)
     assert torch.equal(cached.take([3, 1]), streamed.take([3, 1]))
+
+
+def test_a_copy_of_streamed_images_is_the_same_data_set_and_other_images_are_not(tmp_path):
+    write_images(tmp_path / "a/train", 7, size=12)
+    write_images(tmp_path / "a/test", 2, size=12)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)              # new modification times
+
+    def fingerprint(name):
+        return load_data(flags(tmp_path / name, cache_gb=0.0), "cpu")[0].fingerprint
+
+    first = fingerprint("a")
+    assert fingerprint("b") == first
+    path = tmp_path / "b/train/00003.png"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")                                             # of the same size
+    assert fingerprint("b") != first
+    path.write_bytes((tmp_path / "a/train/00003.png").read_bytes())
+    path.rename(path.with_name("other.png"))
+    assert fingerprint("b") != first
 
 
 def test_a_worker_names_the_unreadable_image_in_one_line(tmp_path):

@@ -177,6 +177,17 @@ def test_preset_is_its_flags_and_no_more(data, monkeypatch, tmp_path):
         main(monkeypatch, tmp_path, "--exp_name", "plain", "--resume", "auto", "--preset", "best")
 
 
+def test_preset_gives_way_to_flags_that_leave_a_part_of_it_without_a_meaning():
+    for flags, name, value in ((["--flow_length", "0"], "decode_from", "zK"),
+                               (["--prior", "standard"], "mixture_weights", "uniform")):
+        args, given = train.parse_args(["--preset", "best", *flags])
+        train.check_flags(args, given)
+        assert getattr(args, name) == value
+        args, given = train.parse_args(["--preset", "best", *flags, f"--{name}", train.PRESETS["best"][name]])
+        with pytest.raises(UserError, match=f"--{name} .*with {flags[0]}"):
+            train.check_flags(args, given)
+
+
 def test_digits_need_nothing(monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, "--demo", "--epochs", 1, *TINY, "--batch_size", 400, "--no-tensorboard")
     assert len(history(tmp_path / "results" / "demo")) == 1
@@ -266,6 +277,44 @@ def test_resumed_run_equals_uninterrupted(data, monkeypatch, tmp_path):
     # Flags that were not given again come from the checkpoint.
     main(monkeypatch, tmp_path, "--exp_name", "parts", "--resume", "auto")
     assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
+
+
+def test_resuming_with_another_memory_layout_goes_on_with_the_same_moments(data, monkeypatch, tmp_path):
+    """Adam's moments belong to weights, not to places in memory, which --channels_last orders in another way."""
+    flags = [*data, "--epochs", 4, "--warmup_epochs", 2, "--sample_every", 0, "--no-tensorboard", "--lr", 1e-2]
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "whole")
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "parts", "--stop_epoch", 2)
+    main(monkeypatch, tmp_path, "--exp_name", "parts", "--resume", "auto", "--channels_last")
+    whole, parts = (weights(tmp_path / "results" / name / "last.pth")["model"] for name in ("whole", "parts"))
+    assert max((whole[k] - parts[k]).abs().max().item() for k in whole) < 1e-3
+
+
+def test_validation_takes_images_from_the_whole_of_the_held_out_set(data, monkeypatch, tmp_path):
+    """Class folders come one after the other: the first images would be those of one class."""
+    evaluate, seen = train.evaluate, []
+
+    class Watched:
+        def __init__(self, data):
+            self.data = data
+
+        def __len__(self):
+            return len(self.data)
+
+        def batches(self, indices, device):
+            seen.extend(i for batch in indices for i in batch.tolist())
+            return self.data.batches(indices, device)
+
+    monkeypatch.setattr(train, "evaluate", lambda trainer, lpips, data, stop: evaluate(trainer, lpips, Watched(data), stop))
+    main(monkeypatch, tmp_path, *data, "--epochs", 1, "--val_images", 4, "--sample_every", 0, "--no-tensorboard")
+    assert seen == [0, 2, 4, 6]
+
+
+def test_the_last_line_names_what_was_left(data, monkeypatch, tmp_path, capsys):
+    folder = Path("results/CrossVampVAE")
+    for every, left in ((0, ""), (1, f" (pictures in {folder / 'samples'}, curves in {folder / 'curves.png'})")):
+        main(monkeypatch, tmp_path, *data, "--epochs", 1, "--sample_every", every, "--overwrite", "--no-tensorboard")
+        assert capsys.readouterr().out.splitlines()[-1] == f"done: {folder}{left}"
+        assert (folder / "samples").exists() == (folder / "curves.png").exists() == bool(every)
 
 
 def test_run_stopped_in_mid_epoch_resumes_to_the_same_bits(data, monkeypatch, tmp_path):
