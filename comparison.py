@@ -65,6 +65,8 @@ EVALUATION = {                                                  # name: (title, 
 MUST_AGREE = re.compile(r"feature|extractor|network|sha256|dims|resize|pca|split|subset|nearest|size"
                         r"|(^|[._ ])(n|k|num|count|images)([._ ]|$)")
 MAY_DIFFER = re.compile(r"checkpoint|training_seed|folder|path|content|manifest|_dir|distinct|batch|seconds|version")
+# The real images, which decide what a distance to them means, must agree whatever their folder is called.
+SAME_REAL = re.compile(r"^real\.(content|split|manifest\.(data|split))$")
 # Of the manifest of an export, what the report shows.
 MADE_BY = ("kind", "split", "checkpoint_sha256", "weights", "seed", "temperature", "latent")
 
@@ -308,7 +310,8 @@ def differing(protocols, must_agree=lambda key: True):
 
 
 def evaluation_key_matters(key):
-    return bool(MUST_AGREE.search(key.lower())) and not MAY_DIFFER.search(key.lower())
+    key = key.lower()
+    return bool(SAME_REAL.search(key) or MUST_AGREE.search(key) and not MAY_DIFFER.search(key))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -478,7 +478,7 @@ def collect_posterior(model, data, indices, batch_size, seed):
             health.add(model, out, kl)
             if model.flow is not None:
                 _, s = model.flow.transform(out.z0, context)                                    # (L, B, D)
-                saturated = saturated + (s.abs() > 0.9 * model.flow.scale_bound).double().mean(2).sum(1).cpu()
+                saturated = saturated + (s.abs() > 0.9 * model.flow.scale_bound).cpu().double().mean(2).sum(1)
                 back, _ = model.flow.inverse(out.zK, context)
                 round_trip = max(round_trip, ((back - out.z0).abs() / (1 + out.z0.abs())).max().item())
             at_mu = model.apply_flow(out.mu, context)[0]
@@ -619,7 +619,7 @@ def importance_weights(model, batch, scale, samples, generators, chunk=512):
             mean = (model.decode(model.seen_by_decoder(z0, zK)).float() + 1) * 127.5
             levels = batch[these, None].expand(-1, S, -1, -1, -1).flatten(0, 1).float()
             log_x = log_laplace_bins(levels, mean, scale).flatten(1).sum(1)
-            out[these, s:s + S] = (log_x - kl).view(b, S).double().cpu()
+            out[these, s:s + S] = (log_x - kl).view(b, S).cpu().double()
     return out
 
 
@@ -896,9 +896,9 @@ def save_latent_map(path, model, posterior, n, method, seed):
     chosen = spread(n, len(posterior.mu))
     shared = model.flow is None or model.flow_prior == "pushed"
     where = "z0: posterior means" if shared else "zK: posterior means carried by the flow, f(mu(x))"
-    means = (posterior.mu if shared else posterior.zK_of_mu)[chosen].double().numpy()
+    means = (posterior.mu if shared else posterior.zK_of_mu)[chosen].cpu().double().numpy()
     with torch.no_grad():
-        components = model.prior_params()[0].double().cpu().numpy()
+        components = model.prior_params()[0].cpu().double().numpy()
     usage = np.array(posterior.health["mean_responsibility"])
     if method == "tsne":
         from sklearn.manifold import TSNE

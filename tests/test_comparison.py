@@ -378,12 +378,12 @@ def test_tiny_constant_and_extreme_values_are_drawn(tmp_path, script):
 
 
 def test_evaluations_with_different_protocols_are_not_comparable(tmp_path):
-    base = {"real": {"images": 50000, "folder": "a"}, "features": {"name": "inception"}, "k": 3, "pca": "none",
+    base = {"real": {"images": 50000, "folder": "a", "content": "c"}, "features": {"name": "inception"}, "k": 3, "pca": "none",
             "checkpoint": "a", "checkpoint_sha256": "1", "fake": {"distinct_images": 9, "manifest": {"count": 9}}}
     same = {**base, "checkpoint_sha256": "2", "fake": {"distinct_images": 8, "manifest": {"count": 8}}, "seed": 5,
-            "real": {"images": 50000, "folder": "b"}}
+            "real": {"images": 50000, "folder": "b", "content": "c"}}
     for change in ({}, {"k": 5}, {"pca": "256 dimensions"}, {"features": {"name": "vgg16"}},
-                   {"real": {"images": 10000}}):
+                   {"real": {"images": 10000, "content": "c"}}, {"real": {"images": 50000, "content": "other images"}}):
         for old in tmp_path.glob("*.json"):
             old.unlink()
         write_evaluation(tmp_path, "evaluation_a.json", {"fid": 1}, base)
