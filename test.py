@@ -896,7 +896,7 @@ def save_latent_map(path, model, posterior, n, method, seed):
     chosen = spread(n, len(posterior.mu))
     shared = model.flow is None or model.flow_prior == "pushed"
     where = "z0: posterior means" if shared else "zK: posterior means carried by the flow, f(mu(x))"
-    means = (posterior.mu if shared else posterior.zK_of_mu)[chosen].cpu().double().numpy()
+    means = (posterior.mu if shared else posterior.zK_of_mu)[chosen].double().numpy()
     with torch.no_grad():
         components = model.prior_params()[0].cpu().double().numpy()
     usage = np.array(posterior.health["mean_responsibility"])
