@@ -551,7 +551,8 @@ def kernel_distance(real, fake, subsets=100, subset_size=1000, seed=0, device="c
     """KID: unbiased squared MMD with the kernel (x.y / F + 1)^3, (N, F), (M, F) -> (mean, standard deviation).
 
     Over `subsets` pairs of random subsets of min(subset_size, N, M) points each, drawn without replacement by a
-    generator seeded with `seed`; float64. The deviation is that between subsets (not of the mean, and not N - 1).
+    generator seeded with `seed`; float64. The deviation is that between subsets (not of the mean, and not N - 1); NaN
+    where every subset would be all points of both sides, which are then measured once.
     Raises UserError below two points on a side.
     """
     m = min(subset_size, len(real), len(fake))
@@ -559,6 +560,7 @@ def kernel_distance(real, fake, subsets=100, subset_size=1000, seed=0, device="c
         raise UserError("KID needs at least two images on each side")
     if subsets < 1:
         raise UserError(f"KID needs at least one subset, not {subsets}")
+    subsets = 1 if m == len(real) == len(fake) else subsets
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     rng = np.random.default_rng(seed)
@@ -571,7 +573,21 @@ def kernel_distance(real, fake, subsets=100, subset_size=1000, seed=0, device="c
         x, y = (s[torch.from_numpy(rng.choice(len(s), m, replace=False))].to(device, torch.float64) for s in (real, fake))
         own = sum(k.sum() - k.diagonal().sum() for k in (kernel(x, x), kernel(y, y)))
         values.append(float(own / (m * (m - 1)) - 2 * kernel(x, y).mean()))
-    return float(np.mean(values)), float(np.std(values))
+    return float(np.mean(values)), float(np.std(values)) if subsets > 1 else math.nan
+
+
+def kernel_protocol(width, N, M):
+    """What kernel_distance does with its defaults to N and M points of `width` features, in words."""
+    m = min(1000, N, M)
+    which = f"all {m} images of each side, no subsets" if m == N == M else \
+        f"100 subsets of {m}; kid_std is the deviation between subsets"
+    return f"polynomial kernel (x.y/{width} + 1)^3, unbiased, before PCA, {which}"
+
+
+def kernel_text(metrics, digits):
+    """KID as a text, with its deviation if it has one."""
+    deviation = f" ± {metrics['kid_std']:.{digits}f}" if math.isfinite(metrics["kid_std"]) else ""
+    return f"{metrics['kid']:.{digits}f}{deviation}"
 
 
 def check_pca(dims, N, width):
@@ -632,8 +648,8 @@ class VGG16Features:
 
 
 # What a folder holds: readable files, a hash of each one's pixels, the common size, the number of corrupt files left out,
-# the manifest of its export (checkpoint, weights, split) if it has one.
-Survey = namedtuple("Survey", "folder paths digests size skipped manifest")
+# the manifest of its export (checkpoint, weights, split) if it has one, and which of its files these are, in words.
+Survey = namedtuple("Survey", "folder paths digests size skipped manifest choice")
 
 
 def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progress=False):
@@ -645,7 +661,9 @@ def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progre
     paths = list_images(folder, flag)
     manifest = Path(folder) / MANIFEST
     manifest = read_json(manifest) if manifest.is_file() else None
+    choice = "all"
     if 0 < num_images < len(paths):
+        choice = f"random {num_images} by the seed"
         chosen = np.random.default_rng(seed).permutation(len(paths))[:num_images]
         paths = [paths[i] for i in sorted(chosen)]
 
@@ -672,7 +690,8 @@ def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progre
         if shape != size:
             raise UserError(f"{path}: {shape[1]}x{shape[0]} pixels, but {good[0][0]} has {size[1]}x{size[0]}; "
                             f"images of one folder must have one size here")
-    return Survey(str(folder), [g[0] for g in good], [g[2] for g in good], size, len(found) - len(good), manifest)
+    return Survey(str(folder), [g[0] for g in good], [g[2] for g in good], size, len(found) - len(good), manifest,
+                  choice)
 
 
 def folder_features(extractor, surveys, batch_size, cache=None, progress=False):
@@ -762,7 +781,7 @@ def parse_args(argv=None):
     return args
 
 
-def describe_folder(survey, num_images):
+def describe_folder(survey):
     """What the protocol says of one side, with the manifest of its export (checkpoint, weights, split) if it has one."""
     if survey.manifest is not None and "checksum" not in survey.manifest:
         print(f"warning: {Path(survey.folder) / MANIFEST} has no checksum: damage to it, or an edit, would not show",
@@ -773,14 +792,14 @@ def describe_folder(survey, num_images):
         "distinct_images": len(set(survey.digests)),
         "corrupt_left_out": survey.skipped,
         "size": f"{survey.size[1]}x{survey.size[0]}",
-        "choice": f"random {num_images} by the seed" if num_images else "all",
+        "choice": survey.choice,
         "manifest": survey.manifest,
     }
 
 
 def evaluate(args, device, extractor, real, fake, progress=False):
     """Surveys of both sides -> (metrics, protocol)."""
-    sides = {name: describe_folder(side, args.num_images) for name, side in (("real", real), ("fake", fake))}
+    sides = {name: describe_folder(side) for name, side in (("real", real), ("fake", fake))}
     table, (real_rows, fake_rows) = folder_features(extractor, (real, fake), args.batch_size, args.feature_cache, progress)
     real_features, fake_features = table[real_rows], table[fake_rows]
 
@@ -797,8 +816,7 @@ def evaluate(args, device, extractor, real, fake, progress=False):
     protocol = sides | {
         "features": {"name": extractor.name, "sha256": extractor.sha256, "dims": extractor.dims},
         "fid": "on all features, before PCA, float64",
-        "kid": f"polynomial kernel (x.y/{extractor.dims} + 1)^3, unbiased, before PCA, 100 subsets of "
-               f"{min(1000, len(real_rows), len(fake_rows))}; kid_std is the deviation between subsets",
+        "kid": kernel_protocol(extractor.dims, len(real_rows), len(fake_rows)),
         "k": args.k,
         "nearest_k": args.nearest_k,
         "pca": pca,
@@ -816,7 +834,8 @@ def show(tag, metrics, protocol):
     fid = "FID" if features["dims"] == 2048 else "Fréchet distance"
     print(f"\n{tag}: {fake['images']:,} generated images against {real['images']:,} real ones")
     lines = [(fid, f"{metrics['fid']:.4f}", "" if fid == "FID" else "not comparable with the published FID"),
-             ("KID", f"{metrics['kid']:.6f}", f"± {metrics['kid_std']:.6f} between subsets"),
+             ("KID", f"{metrics['kid']:.6f}", f"± {metrics['kid_std']:.6f} between subsets"
+              if math.isfinite(metrics["kid_std"]) else "of all images, no subsets"),
              ("precision", f"{metrics['precision']:.4f}", f"k = {protocol['k']}"),
              ("recall", f"{metrics['recall']:.4f}", f"k = {protocol['k']}"),
              ("density", f"{metrics['density']:.4f}", f"k = {protocol['nearest_k']}"),

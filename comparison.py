@@ -10,6 +10,7 @@ hf_ratio) and every evaluation JSON beside them (from test.py --evaluate and PR_
     summary.csv, summary.md         statistics, and effect sizes against the variant called real
     evaluation.csv                  FID, KID, precision, recall, density, coverage, if there are evaluation JSONs
     box_, violin_, difference_<metric>.png
+Files of these names that an earlier comparison left there and this one does not make are removed.
 
 Intervals come from the bootstrap over images, real and model resampled independently. They say how far the numbers
 could move with other images from the same model, not with another training run.
@@ -41,7 +42,17 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
 from tqdm import tqdm
 
-from utils import FlagParser, UserError, atomic_write_all, cpu_count, read_json, run, sha256_file, writable_folder
+from utils import (
+    FlagParser,
+    UserError,
+    atomic_write_all,
+    cpu_count,
+    plain_text,
+    read_json,
+    run,
+    sha256_file,
+    writable_folder,
+)
 
 REFERENCE = "real"
 REQUIRED = ("lap_var", "tenengrad", "hf_ratio")
@@ -76,6 +87,7 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "----", "++++", "||||", "oo", "**")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vP*X<>"
+OUTPUT = re.compile(rf"(box|violin|difference)_({'|'.join(METRICS)})\.(png|pdf)|evaluation\.csv")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,20 +335,20 @@ class Axis:
     Logarithmic (scale "auto") where nearly all values are positive and the tail is long: skewness above 1, and a
     range of at least half a decade. The axis reaches at most 1.5 times the width of the central 98 % beyond them,
     so that one stray image does not flatten the rest. What lies beyond, and zeros on a logarithmic axis, are counted
-    in `note`.
+    in `note`. scale "log" is refused, in `note`, only where no value is positive.
     """
 
     def __init__(self, samples, scale):
         positive = [v[v > 0] for v in samples.values()]
-        possible = all(len(p) for p in positive)
         if scale == "auto":
+            possible = all(len(p) for p in positive)
             skewed = possible and float(np.median([skew(v) if np.ptp(v) else 0 for v in samples.values()])) > 1
             mostly = all(len(p) >= 0.99 * len(v) for p, v in zip(positive, samples.values()))
             wide = possible and max(p.max() for p in positive) > 3.16 * min(p.min() for p in positive)
             self.log = skewed and mostly and wide
         else:
-            self.log = scale == "log" and possible
-        shown = [np.log10(p) for p in positive] if self.log else list(samples.values())
+            self.log = scale == "log" and any(len(p) for p in positive)
+        shown = [np.log10(p) for p in positive if len(p)] if self.log else list(samples.values())
         centre = np.array([np.percentile(s, [1, 99]) for s in shown])
         low, high = centre[:, 0].min(), centre[:, 1].max()
         reach = 1.5 * (high - low)
@@ -344,7 +356,8 @@ class Axis:
         if low == high:
             low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
         self.low, self.high = low, high
-        self.note = self._note(samples)
+        refused = "Linear, since no value is above 0. " if scale == "log" and not self.log else ""
+        self.note = refused + self._note(samples)
 
     def place(self, values):
         """Values -> positions on the axis (log10 where it is logarithmic), NaN for those not on it."""
@@ -396,12 +409,16 @@ def log_ticks(axis, decades):
 
 
 def plain(name, width=22):
-    """A variant's name as figure text: wrapped, and never read as a formula."""
-    name = name.encode("utf-8", "replace").decode()             # of a file whose name is no text
-    lines = textwrap.wrap(name, width) or [" "]
-    if len(lines) > 3:
-        lines = [*lines[:2], lines[2][:width - 1] + "…"]
-    return "\n".join(lines).replace("\\", "\\\\").replace("$", r"\$")
+    """A variant's name as figure text: wrapped to three lines at most, and never read as a formula. A longer one loses
+    its middle, since names of one family differ at their ends."""
+    lines, keep = textwrap.wrap(name, width), 3 * width
+    while len(lines) > 3:
+        lines, keep = textwrap.wrap(f"{name[:keep // 2]}…{name[-(keep // 2):]}", width), keep - 2
+    return plain_text("\n".join(lines or [" "]))
+
+
+def line_count(texts):
+    return max(text.count("\n") + 1 for text in texts)
 
 
 def style_of(names):
@@ -423,8 +440,8 @@ def name_rows(ax, samples):
 
 
 def rows_figure(samples):
-    lines = sum(1.2 + plain(name).count("\n") * 0.35 for name in samples)
-    return plt.subplots(figsize=(7.2, 1.2 + 0.55 * lines), layout="constrained")
+    row = 0.47 + 0.19 * line_count(map(plain, samples))
+    return plt.subplots(figsize=(7.2, 1.2 + row * len(samples)), layout="constrained")
 
 
 def box_figure(metric, samples, axis, whiskers):
@@ -496,30 +513,38 @@ def density(t, low, high, bins=1024):
     return grid, d / d.max()
 
 
+def above_zero(estimate, resamples):
+    return np.min(estimate) > 0 and np.min(resamples, initial=math.inf) > 0
+
+
 def difference_figure(metric, names, results, confidence):
     """Left: quantile by quantile, model against real, with the interval as a band; right: mean and median.
 
-    The left is a ratio (logarithmic if it spans much) where every percentile is positive, else a difference.
+    The left is a ratio (logarithmic if it spans much) where every percentile is positive, of real in every resample
+    too, else a difference.
     Returns the figure and whether the left is a ratio and the right relative.
     """
     title, unit, _ = METRICS[metric]
-    height = max(3.6, 1.9 + 0.5 * len(names))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, height + 0.18 * len(names)), layout="constrained",
+    row_labels, legend_labels = [plain(n, 16) for n in names], [plain(n, 30) for n in names]
+    columns = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
+    legend_lines = max(sum(label.count("\n") + 1.2 for label in column) for column in np.array_split(legend_labels, columns))
+    height = max(3.6, 1.9 + len(names) * max(0.5, 0.12 + 0.19 * line_count(row_labels)))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, height + 0.18 * legend_lines), layout="constrained",
                                       gridspec_kw={"width_ratios": (1.25, 1)})
     styles = style_of([*names, REFERENCE])
-    ratio = all(min(r["percentiles"][0].min(), r["ref_percentiles"][0].min()) > 0 for r in results.values())
-    relative = all(r["ref_mean"][0] > 0 and r["ref_median"][0] > 0 for r in results.values())
+    # What is divided by must be positive in every resample too, or the band would have holes.
+    ratio = all(r["percentiles"][0].min() > 0 and above_zero(*r["ref_percentiles"]) for r in results.values())
+    relative = all(above_zero(*r["ref_mean"]) and above_zero(*r["ref_median"]) for r in results.values())
 
     ends = []
-    for name in names:
+    for name, label in zip(names, legend_labels):
         r, (colour, _, dash, marker) = results[name], styles[name]
-        with np.errstate(divide="ignore", invalid="ignore"):    # a resample's lowest percentile may be 0
-            (x, xs), (y, ys) = r["percentiles"], r["ref_percentiles"]
-            curve, resamples = (x / y, xs / ys) if ratio else (x - y, xs - ys)
+        (x, xs), (y, ys) = r["percentiles"], r["ref_percentiles"]
+        curve, resamples = (x / y, xs / ys) if ratio else (x - y, xs - ys)
         low, high = percentile_interval(resamples, confidence)
         left.fill_between(PERCENTILES, low, high, color=colour, alpha=0.3, linewidth=0)
         left.plot(PERCENTILES, curve, color=colour, linestyle=dash, linewidth=2, marker=marker, markevery=(9, 20),
-                  markersize=6, markeredgecolor="black", markeredgewidth=0.6, label=plain(name, 30))
+                  markersize=6, markeredgecolor="black", markeredgewidth=0.6, label=label)
         ends += [curve.min(), curve.max()]
     left.axhline(1 if ratio else 0, color="black", linewidth=1.2)
     if ratio and max(ends) > 3 * min(ends):
@@ -536,14 +561,13 @@ def difference_figure(metric, names, results, confidence):
         r, (colour, _, _, marker) = results[name], styles[name]
         for field, shift, filled in (("mean", -0.15, True), ("median", 0.15, False)):
             (x, xs), (y, ys) = r[field], r[f"ref_{field}"]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                d, ds = (100 * (x / y - 1), 100 * (xs / ys - 1)) if relative else (x - y, xs - ys)
+            d, ds = (100 * (x / y - 1), 100 * (xs / ys - 1)) if relative else (x - y, xs - ys)
             low, high = percentile_interval(ds, confidence)
             right.hlines(row + shift, low, high, color="black", linewidth=2)
             right.plot(d, row + shift, marker, markersize=7, markeredgecolor="black",
                        markerfacecolor=colour if filled else "white")
     right.axvline(0, color="black", linewidth=1.2)
-    right.set_yticks(range(len(names)), [plain(n, 16) for n in names])
+    right.set_yticks(range(len(names)), row_labels)
     right.set_ylim(len(names) - 0.45, -0.55)
     right.tick_params(axis="y", length=0)
     right.margins(x=0.12)
@@ -552,9 +576,7 @@ def difference_figure(metric, names, results, confidence):
     right.set_xlabel("difference to real (% of real)" if relative else f"difference to real\n({unit})")
     right.set_title("Mean (filled) and median (open)", fontsize=10)
     fig.suptitle(title, fontsize=11)
-    longest = max(map(len, names))
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, handlelength=4,
-               ncols=min(len(names), 3 if longest <= 16 else 2))
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, handlelength=4, ncols=columns)
     return fig, ratio, relative
 
 
@@ -594,9 +616,17 @@ def metric_tables(rows):
     return tables
 
 
+def is_fid(evaluation):
+    """Of Inception's 2048 features, as published? An evaluation that does not state its features is taken at its word."""
+    return evaluation["protocol"].get("features.dims", "2048") == "2048"
+
+
 def evaluation_table(evaluations):
     columns = [c for c in EVALUATION if any(c in e["metrics"] for e in evaluations)]
-    header = ["variant", *(f"{EVALUATION[c][0]} {EVALUATION[c][1]}" for c in columns), "file"]
+    titles = {c: EVALUATION[c][0] for c in columns}
+    if not all(is_fid(e) for e in evaluations if "fid" in e["metrics"]):
+        titles["fid"] = "Fréchet distance"
+    header = ["variant", *(f"{titles[c]} {EVALUATION[c][1]}" for c in columns), "file"]
     cells = []
     for e in evaluations:
         line = [short(e["metrics"].get(c)) for c in columns]
@@ -818,6 +848,10 @@ def main(argv=None):
                                  evaluation_key_matters).items():
         texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
         protocol_warnings.append(f"The rows below are not comparable, {key} differs: {texts}")
+    for e in evaluations:
+        if "fid" in e["metrics"] and not is_fid(e):
+            protocol_warnings.append(f"{e['file']}: its Fréchet distance is of {e['protocol']['features.dims']} features, not "
+                                     f"of Inception's 2048: no FID, and not comparable with published ones")
     out = writable_folder(args.out_dir, "--out_dir")
     for w in warnings + protocol_warnings:
         print("warning: " + " ".join(w.split()), file=sys.stderr)
@@ -893,6 +927,9 @@ def main(argv=None):
     # All or none: figures of this run beside tables of the last one would look like one result.
     atomic_write_all({out / name: content if isinstance(content, bytes) else content.encode("utf-8", "replace")
                       for name, content in files.items()})
+    for old in sorted(p for p in out.iterdir() if OUTPUT.fullmatch(p.name) and p.name not in files):
+        print(f"removed {old.name}, of an earlier comparison")
+        old.unlink()
 
     sizes = Counter(Path(name).suffix[1:] for name in files)
     print(f"{out / 'report.html'}: {len(tables)} variants, {len(results)} metrics, {sizes['png']} figures")

@@ -50,6 +50,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from csv_analysis import safe_tag
 from models.vamp_flow import VAEOutput, check_flow
 from PR_Calculate import (
     FEW_IMAGES,
@@ -57,6 +58,8 @@ from PR_Calculate import (
     check_pca,
     fit_pca,
     kernel_distance,
+    kernel_protocol,
+    kernel_text,
     manifold_metrics,
     project,
 )
@@ -85,6 +88,7 @@ from utils import (
     lock_folder,
     mean_and_covariance,
     my_share,
+    plain_text,
     read_json,
     run,
     save_png,
@@ -766,8 +770,7 @@ def evaluate(args, model, data, extractor, features):
         "reconstructed": {"images": n, "choice": how, "latent": "z0 ~ q(z0|x), one sample"},
         "features": {"name": extractor.name, "sha256": extractor.sha256, "dims": extractor.dims},
         "fid": "on all features, before PCA, float64",
-        "kid": f"polynomial kernel (x.y/{extractor.dims} + 1)^3, unbiased, before PCA, 100 subsets of "
-               f"{min(1000, n)}; kid_std is the deviation between subsets",
+        "kid": kernel_protocol(extractor.dims, n, n),
         "k": args.k, "nearest_k": args.nearest_k, "pca": pca,
     }
     return metrics, protocol
@@ -1029,7 +1032,7 @@ def save_diagnostics(path, result, posterior, title):
         ax.set_axisbelow(True)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
-    fig.suptitle(title)
+    fig.suptitle(plain_text(title))
     save_figure(path, fig)
 
 
@@ -1037,20 +1040,27 @@ def save_diagnostics(path, result, posterior, title):
 # What comes next, and main
 
 def next_commands(args, tag, device):
-    """The commands that turn the exports into numbers and figures, ready for a shell."""
-    real, fake = (str(Path(args.export_dir, name)) for name in (args.real_dirname, args.fake_dirname))
-    quality = str(Path(args.save_dir, QUALITY_DIR))
-    order = list(dict.fromkeys(["VAE", tag, "real"]))
-    commands = [
-        ["python", "-m", "pytorch_fid", real, fake],
-        ["python", "PR_Calculate.py", "--real_dir", real, "--fake_dir", fake, "--device", device.type,
-         "--pca_dim", "256", "--tag", tag, "--out", str(Path(quality, f"pr_{tag}.json"))],
-        ["python", "csv_analysis.py", "--gen", fake, "--out_dir", quality, "--tag", tag],
-        ["python", "csv_analysis.py", "--gen", real, "--out_dir", quality, "--tag", "real"],
-        ["python", "comparison.py", "--cache_dir", quality, "--out_dir", str(Path(args.save_dir, "compare")),
-         "--model_order", ",".join(order)],
-    ]
-    return [shlex.join(c) for c in commands]
+    """The commands that turn the exports into numbers and figures, ready for a shell; those whose folders are there."""
+    real, fake = (Path(args.export_dir, name) for name in (args.real_dirname, args.fake_dirname))
+    quality, compare = (Path(args.save_dir, name) for name in (QUALITY_DIR, "compare"))
+    try:
+        tag = safe_tag(tag)
+    except argparse.ArgumentTypeError:                          # csv_analysis.py would refuse it
+        tag = safe_tag("_" + re.sub(r"[^A-Za-z0-9_.+-]", "_", tag)[:99])
+    commands = []
+    if real.is_dir() and fake.is_dir():
+        number = sum(EXPORTED.fullmatch(name) is not None for name in os.listdir(real))
+        commands += [["-m", "pytorch_fid", real, fake],
+                     ["PR_Calculate.py", "--real_dir", real, "--fake_dir", fake, "--device", device.type, "--pca_dim",
+                      min(args.pca_dim, number), "--tag", tag, "--out", Path(quality, f"pr_{tag}.json")]]
+    tags = [name for name, folder in ((tag, fake), ("real", real)) if folder.is_dir()]
+    commands += [["csv_analysis.py", "--gen", real if name == "real" else fake, "--out_dir", quality, "--tag", name]
+                 for name in tags]
+    if tags:
+        known = ["VAE"] if Path(quality, "cache_VAE.csv").exists() else []
+        commands.append(["comparison.py", "--cache_dir", quality, "--out_dir", compare, "--model_order",
+                         ",".join(dict.fromkeys([*known, *tags]))])
+    return [shlex.join(["python", *map(str, c)]) for c in commands]
 
 
 def open_data(args, checkpoint, model, device):
@@ -1184,7 +1194,7 @@ def export_and_measure(args, locks):
         for path in (eval_out, quality / f"evaluation_{tag}.json"):
             write_json(path, {"tag": tag, "metrics": metrics, "protocol": protocol | provenance})
         name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
-        say(f"evaluation  {name} {metrics['fid']:.3f}, KID {metrics['kid']:.5f} ± {metrics['kid_std']:.5f}, "
+        say(f"evaluation  {name} {metrics['fid']:.3f}, KID {kernel_text(metrics, 5)}, "
             + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
         bypassed = f", flow bypassed {metrics['fid_flow_bypassed']:.3f}" if "fid_flow_bypassed" in metrics else ""
         say(f"            where quality is lost: samples {metrics['fid']:.3f}, reconstructions "
@@ -1218,9 +1228,8 @@ def export_and_measure(args, locks):
                 f"{result['round_trip_error_float32']:.1e} in float32, "
                 f"{result['round_trip_error_float64']:.1e} in float64")
 
-    print("\nnext:")
-    for command in next_commands(args, tag, device):
-        print(f"  {command}")
+    if commands := next_commands(args, tag, device):
+        print("\nnext:", *commands, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ __all__ = [
     "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
     "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
     "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "read_image", "decode_images",
-    "save_png", "image_grid", "generate_images",
+    "save_png", "plain_text", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "load_model", "LatentHealth",
     "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance",
@@ -515,7 +515,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 IMAGE_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LATENT_BLOCK = 1000                 # latents drawn at once; another number gives other samples for the same seed
-MANIFEST = "manifest.json"          # in every folder of exported images; the folder data set passes such folders over
+MANIFEST = "manifest.json"          # in every folder of exported images
+# What a folder that these scripts have filled is known by; the folder data set passes such folders over.
+MADE_HERE = {"exported images": {MANIFEST}, "a training run": {"args.json", "train_log.txt"},
+             "a report of comparison.py": {"report.html", "summary.csv"}, "a grid of variants": {"grid.json", "grid.csv"}}
 
 
 def to_uint8(x):
@@ -528,10 +531,11 @@ def to_float(x):
     return x.float() / 127.5 - 1
 
 
-def list_images(folder, flag="--data_dir", skip_exports=False):
+def list_images(folder, flag="--data_dir", skip_made_here=False):
     """The image files under a folder, sorted by path. Hidden files are passed over, links followed (loops are not).
 
-    skip_exports passes over folders that carry an export manifest, and says so. Raises UserError if there are none.
+    skip_made_here passes over the folders that these scripts have filled (MADE_HERE), and says so. Raises UserError if
+    there are none.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -543,8 +547,9 @@ def list_images(folder, flag="--data_dir", skip_exports=False):
             dirs.clear()
             continue
         seen.add(real)
-        if skip_exports and MANIFEST in names:
-            print(f"{here}: exported images (it has a {MANIFEST}), not used as data")
+        made = [f"{what} (by its {' and '.join(sorted(marks))})" for what, marks in MADE_HERE.items() if marks <= {*names}]
+        if made and skip_made_here:
+            print(f"{here}: {made[0]}, not used as data")
             dirs.clear()
             continue
         dirs[:] = sorted(d for d in dirs if not d.startswith("."))
@@ -673,6 +678,11 @@ def generate_images(model, n, batch_size, seed, temperature=1.0, start=0):
             yield to_uint8(model.decode(batch))
     if len(rest):
         yield to_uint8(model.decode(rest))
+
+
+def plain_text(text):
+    """Any text, as a file's name may be, for a figure: never read as a formula."""
+    return text.encode("utf-8", "replace").decode().replace("\\", "\\\\").replace("$", r"\$")
 
 
 def image_grid(images, columns):
@@ -830,10 +840,10 @@ def load_data(args, device):
         train_dir = root / "train"
         test_dir = next((root / n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), None)
         if train_dir.is_dir():
-            paths = list_images(train_dir, skip_exports=True)
-            test_paths = list_images(test_dir, skip_exports=True) if test_dir else None
+            paths = list_images(train_dir, skip_made_here=True)
+            test_paths = list_images(test_dir, skip_made_here=True) if test_dir else None
         else:
-            paths, test_paths = list_images(root, skip_exports=True), None
+            paths, test_paths = list_images(root, skip_made_here=True), None
         if test_paths is None:
             keep, held = _hold_out(len(paths), args.split_seed)
             paths, test_paths = [paths[i] for i in keep], [paths[i] for i in held]

@@ -221,7 +221,10 @@ def test_axis_is_logarithmic_for_long_tails_only():
     assert not Axis({"a": np.exp(rng.normal(0, 1, 500)) * (rng.random(500) > 0.1)}, "auto").log     # a tenth is 0
     assert not Axis({"a": np.exp(rng.normal(0, 1, 500))}, "linear").log
     assert Axis({"a": rng.normal(10, 1, 500)}, "log").log
-    assert not Axis({"a": np.zeros(5)}, "log").log
+    zeros = Axis({"a": np.zeros(5)}, "log")
+    assert not zeros.log and zeros.note.startswith("Linear, since no value is above 0.")
+    beside = Axis({"a": np.zeros(5), "b": np.exp(rng.normal(0, 1, 500))}, "log")         # one such variant changes nothing
+    assert beside.log and "a: 5 of 5 are 0" in beside.note and "Linear" not in beside.note
     for value in (0.0, 3.0):                                    # a constant still has an axis of some length around it
         axis = Axis({"a": np.full(5, value)}, "auto")
         assert axis.low < value < axis.high
@@ -267,19 +270,37 @@ def test_density_is_a_density_on_the_data_only():
         assert np.isfinite(comparison.density(flat, 1, 3)[1]).all()
 
 
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("zeros", [0, 2, 10])
 def test_difference_figure_shows_the_quantile_ratio_or_difference(zeros):
     x, y = sample(300, -0.5), sample(300, seed=1)
-    if zeros:
-        y.loc[:9, "lap_var"] = 0                                # then the lowest percentiles have no ratio
+    y.loc[y.index < zeros, "lap_var"] = 0       # then the lowest percentiles have no ratio; of 2, only those of resamples
     result = compare(x[["lap_var"]].to_numpy(), y[["lap_var"]].to_numpy(), B=20)[0]
     fig, ratio, relative = comparison.difference_figure("lap_var", ["m"], {"m": result}, 95)
     curve = fig.axes[0].lines[0].get_ydata()
     a, b = (np.sort(v["lap_var"])[3 * np.arange(1, 100) - 1] for v in (x, y))
-    assert ratio == (not zeros) and relative
+    assert ratio == (not zeros) and relative and np.isfinite(fig.axes[0].collections[0].get_paths()[0].vertices).all()
     np.testing.assert_allclose(curve, a / b if ratio else a - b, rtol=1e-12)
     mean = fig.axes[1].lines[0].get_xdata()[0]
     assert mean == pytest.approx(100 * (x.lap_var.mean() / y.lap_var.mean() - 1))
+    plt.close(fig)
+
+
+def test_long_names_keep_both_ends_and_have_room():
+    names = [f"CrossVampVAE_cifar10_flow_length_8_components_500_lr_{lr}_beta_0.2_warmup_20_seed_{s}" for lr in
+             ("1e-3", "1e-4", "3e-4") for s in (0, 1)]
+    for width in (16, 22, 30):
+        texts = [comparison.plain(n, width) for n in names]
+        assert all(len(t.splitlines()) <= 3 and max(map(len, t.splitlines())) <= width for t in texts)
+        assert all(t.startswith("CrossVampVAE") and t.endswith(n[-4:]) for t, n in zip(texts, names))
+    assert comparison.plain("short") == "short" and comparison.plain(" ") == " "
+    x, y = sample(50)[["lap_var"]].to_numpy(), sample(50, seed=1)[["lap_var"]].to_numpy()
+    fig, *_ = comparison.difference_figure("lap_var", names, {n: compare(x, y, B=5)[0] for n in names}, 95)
+    fig.draw_without_rendering()
+    labels = [t.get_window_extent() for t in fig.axes[1].get_yticklabels()]
+    assert all(lower.y1 < upper.y0 for upper, lower in zip(labels, labels[1:]))
+    legend = fig.legends[0].get_window_extent()
+    assert legend.y0 >= 0 and legend.y1 < fig.axes[0].xaxis.label.get_window_extent().y0
+    assert fig.axes[0].get_window_extent().height > 150
     plt.close(fig)
 
 
@@ -355,10 +376,14 @@ def test_command_writes_report_tables_and_figures(tmp_path):
 
 def test_without_real_there_are_no_differences(tmp_path, script):
     folder = write_caches(tmp_path / "in", VAE=sample(30))
+    (tmp_path / "out").mkdir()
+    for name in ("difference_lap_var.png", "box_hf_ratio.pdf", "evaluation.csv", "box_mine.png", "notes.txt"):
+        (tmp_path / "out" / name).write_text("of an earlier comparison, or somebody's own")
     code, stdout, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
-    assert code == 0 and "no cache_real.csv" in stderr
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == sorted(
-        f"{kind}_{m}.png" for m in METRICS for kind in ("box", "violin"))
+    assert code == 0 and "no cache_real.csv" in stderr and "removed difference_lap_var.png" in stdout
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(["box_mine.png", "notes.txt", "report.html", "summary.csv",
+                                                           "summary.md", *(f"{kind}_{m}.png" for m in METRICS
+                                                                           for kind in ("box", "violin"))])
     page = Page(tmp_path / "out" / "report.html")
     assert "No difference plot" in page.text and "no cache_real.csv" in page.text and "Wasserstein-1" in page.text
     summary = pd.read_csv(tmp_path / "out" / "summary.csv")
@@ -398,6 +423,16 @@ def test_evaluations_with_different_protocols_are_not_comparable(tmp_path):
         assert len(differ) == len(change)
         if change:
             assert next(iter(differ)).startswith(next(iter(change)))
+
+
+def test_only_the_published_features_make_a_fid(tmp_path, script):
+    folder = write_caches(tmp_path / "in", a=sample(20), real=sample(20, seed=1))
+    for dims, title in ((2048, "FID ↓"), (64, "Fréchet distance ↓")):
+        write_evaluation(folder, "evaluation_a.json", {"fid": 1.0}, {"features": {"dims": dims}})
+        _, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+        assert f"| variant | {title} | file |" in (tmp_path / "out" / "summary.md").read_text()
+        for said in (stderr, Page(tmp_path / "out" / "report.html").text):
+            assert ("evaluation_a.json: its Fréchet distance is of 64 features" in said) == (dims == 64)
 
 
 def test_different_protocols_are_said_visibly(tmp_path, script):

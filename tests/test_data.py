@@ -87,18 +87,25 @@ def test_resize_keeps_the_centre_and_antialiases(tmp_path):
     assert abs(small.mean() - 127.5) < 3 and small[:, 2:-2].std() < 3          # without antialias: all 0 or all 255
 
 
-def test_listing_ignores_hidden_files_exports_and_loops(tmp_path, capsys):
+def test_listing_ignores_hidden_files_our_own_folders_and_loops(tmp_path, capsys):
     write_images(tmp_path / "a", 2, size=4)
-    write_images(tmp_path / "real_cifar", 3, size=4)
-    (tmp_path / "real_cifar" / MANIFEST).write_text("{}")
+    (tmp_path / "a" / "args.json").write_text("{}")                  # not all that a run has
+    made = {"real_cifar": [MANIFEST], "my_run/samples": ["../args.json", "../train_log.txt"],
+            "compare": ["report.html", "summary.csv"], "grid": ["grid.json", "grid.csv"]}
+    for name, marks in made.items():
+        write_images(tmp_path / name, 3, size=4)
+        for mark in marks:
+            (tmp_path / name / mark).write_text("{}")
     (tmp_path / "a" / ".hidden.png").write_bytes(b"")
     (tmp_path / "a" / "notes.txt").write_text("")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "UPPER.JPG").write_bytes((tmp_path / "a" / "00000.png").read_bytes())
-    found = [p.name for p in list_images(tmp_path, skip_exports=True)]
+    found = [p.name for p in list_images(tmp_path, skip_made_here=True)]
     assert found == ["00000.png", "00001.png", "UPPER.JPG"]
-    assert "exported images" in capsys.readouterr().out
-    assert len(list_images(tmp_path)) == 6
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 and "exported images (by its manifest.json)" in said[3]
+    assert f"{tmp_path / 'my_run'}: a training run (by its args.json and train_log.txt), not used as data" in said
+    assert len(list_images(tmp_path)) == 3 + 4 * 3
 
 
 def test_folder_splits(tmp_path):

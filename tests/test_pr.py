@@ -1,5 +1,6 @@
 """PR_Calculate.py: exact equality with brute force, agreement with prdc, properties, the command line."""
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -244,8 +245,7 @@ def test_kid_matches_a_double_loop():
     def kernel(x, y):
         return (float(np.dot(x, y)) / 6 + 1) ** 3
 
-    # Every subset is all 20 of the fake points and 20 of the real ones: with 20 real points, all subsets agree.
-    real, m = real[:20], 20
+    more, real, m = real, real[:20], 20                          # with 20 on each side there is but one subset
     total = 0.0
     for i in range(m):
         for j in range(m):
@@ -253,7 +253,13 @@ def test_kid_matches_a_double_loop():
                 total += (kernel(real[i], real[j]) + kernel(fake[i], fake[j])) / (m * (m - 1))
             total -= 2 * kernel(real[i], fake[j]) / m ** 2
     mean, deviation = kernel_distance(real, fake, subsets=3)
-    assert mean == pytest.approx(total, rel=1e-10) and deviation < 1e-12
+    assert mean == pytest.approx(total, rel=1e-10) and math.isnan(deviation)
+    assert kernel_distance(more, fake, subsets=3)[1] > 0
+    assert PR_Calculate.kernel_protocol(6, 20, 20).endswith("all 20 images of each side, no subsets")
+    assert "100 subsets of 20;" in PR_Calculate.kernel_protocol(6, 30, 20)
+    assert "100 subsets of 1000;" in PR_Calculate.kernel_protocol(6, 1001, 1001)
+    assert PR_Calculate.kernel_text({"kid": 0.1, "kid_std": deviation}, 2) == "0.10"
+    assert PR_Calculate.kernel_text({"kid": 0.1, "kid_std": 0.02}, 2) == "0.10 ± 0.02"
 
 
 def test_kid_is_unbiased_seeded_and_sees_a_shift():
@@ -313,13 +319,19 @@ def test_command_line_reports_every_metric_with_its_protocol(folders, fake_hub, 
     assert protocol["real"]["choice"] == "random 42 by the seed" and protocol["k"] == 3 and protocol["nearest_k"] == 5
     for name in ("precision", "recall", "density", "coverage"):
         assert f"{report['metrics'][name]:.4f}" in done.stdout
+    assert "of all images, no subsets" in done.stdout and report["metrics"].pop("kid_std") is None
 
     # Again from the feature cache, one file of it damaged: the same numbers, and a warning.
     files = sorted(cache.iterdir())
     files[0].write_bytes(files[0].read_bytes()[:5000])
     again = evaluate(folders, fake_hub, *arguments)
     assert again.returncode == 0 and again.stderr.count("damaged, computed again") == 1
-    assert json.loads(out.read_text())["metrics"] == pytest.approx(report["metrics"], rel=1e-5)
+    metrics = json.loads(out.read_text())["metrics"]
+    del metrics["kid_std"]
+    assert metrics == pytest.approx(report["metrics"], rel=1e-5)
+    total = len(list((folders / "real").iterdir()))                  # as many as there are: no choice
+    assert PR_Calculate.survey_folder(folders / "real", "--real_dir", total).choice == "all"
+    assert PR_Calculate.survey_folder(folders / "real", "--real_dir", total - 1).choice.startswith("random")
 
 
 def test_a_folder_against_itself_is_perfect_and_corrupt_files_are_counted(folders, fake_hub, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,7 +155,8 @@ def test_documented_command(data, tmp_path):
                                str(data / "fake_cifar")]
     sharpness = {c[c.index("--tag") + 1]: c[c.index("--gen") + 1] for c in commands[2:4]}
     assert sharpness == {"CrossVampVAE_Experiment": str(data / "fake_cifar"), "real": str(data / "real_cifar")}
-    assert commands[4][1] == "comparison.py" and commands[4][-1] == "VAE,CrossVampVAE_Experiment,real"
+    assert commands[1][commands[1].index("--pca_dim") + 1] == "60"           # 256 need as many real images
+    assert commands[4][1] == "comparison.py" and commands[4][-1] == "CrossVampVAE_Experiment,real"
     assert commands[4][3] == commands[2][commands[2].index("--out_dir") + 1]
 
 
@@ -261,6 +263,15 @@ def test_exports_go_where_they_are_sent(checkpoint, data, monkeypatch, tmp_path,
     assert state(data) == before
     commands = [shlex.split(line) for line in capsys.readouterr().out.split("next:\n")[1].splitlines()]
     assert commands[0][3:] == [str(folders["real"]), str(folders["fake"])]
+    (tmp_path / "results" / "single_image_quality").mkdir()
+    (tmp_path / "results" / "single_image_quality" / "cache_VAE.csv").write_text("")
+    shutil.rmtree(folders["real"])                                   # what is not there is in no command
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--export_dir", tmp_path / "ex ports", "--num_samples", 5, "--do_real",
+         "False", "--tag=-a b,$c$")
+    commands = [shlex.split(line) for line in capsys.readouterr().out.split("next:\n")[1].splitlines()]
+    assert [c[1] for c in commands] == ["csv_analysis.py", "comparison.py"]
+    assert commands[0][2:4] == ["--gen", str(folders["fake"])] and commands[0][-1] == "_-a_b__c_"
+    assert commands[1][-1] == "VAE,_-a_b__c_"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--export_dir"):
         export(monkeypatch, tmp_path, checkpoint, "--export_dir", tmp_path / "file")
@@ -486,7 +497,8 @@ def test_samples_need_no_data(checkpoint, monkeypatch, tmp_path):
 def test_variants(flags, space, data, monkeypatch, tmp_path, capsys):
     path = make_checkpoint(tmp_path / "results" / "run", data, *flags)
     main(monkeypatch, tmp_path, path, "--device", "cpu", "--num_samples", 12, "--do_recon", "True", "--diagnose", "--nll",
-         "--nll_images", 3, "--nll_samples", 5, "--latent_map", "tsne" if "mog" in flags else "pca", "--map_images", 15)
+         "--nll_images", 3, "--nll_samples", 5, "--latent_map", "tsne" if "mog" in flags else "pca", "--map_images", 15,
+         "--tag", "a$_$")                                            # no formula, which would be a broken one
     folder = tmp_path / "results" / "run" / "test"
     assert f"latent map at {space}" in capsys.readouterr().out
     assert all((folder / f"{n}.png").stat().st_size > 3000 for n in ("components", "nearest", "latent_map", "diagnostics"))
@@ -676,6 +688,7 @@ def test_evaluation_equals_pr_calculate_on_the_exports(fake_hub, checkpoint, dat
                                       str(data / "fake_cifar"), *flags])
     PR_Calculate.main()
     theirs = json.loads((tmp_path / "results/single_image_quality/pr_ours.json").read_text())
+    assert theirs["metrics"].pop("kid_std") is written["metrics"]["kid_std"] is None            # one subset: all images
     for name, value in theirs["metrics"].items():
         assert written["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
     # comparison.py reads both and finds nothing in which they must not differ.

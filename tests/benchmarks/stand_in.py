@@ -69,7 +69,7 @@ class Classifier(nn.Module):
 
 def load_classes(folder, size, device):
     """Images (N, 3, size, size) uint8 below a folder of class folders, the number of each one's class, the classes' names."""
-    paths = list_images(folder, skip_exports=True)
+    paths = list_images(folder, skip_made_here=True)
     names = sorted({path.relative_to(folder).parts[0] for path in paths})
     if any(path.parent == folder for path in paths) or len(names) < 2:
         raise UserError(f"{folder}: needs a folder of images for each class, two or more")
