@@ -1,0 +1,151 @@
+"""What can be known of the GPU's training step without a GPU.
+
+PyTorch's FakeTensorMode runs a program on tensors that have a shape, a type and a device but no contents. A step on a
+pretended CUDA device fails there if it mixes devices, or if it asks for a value (.item(), an if on a tensor), which on a
+GPU would make Python wait for the device at every step. The backward pass runs in PyTorch's own C++ and needs a device; it
+is replaced by gradients of the right shapes.
+"""
+import copy
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
+
+import train
+from models.vamp_flow import CrossFlowVampVAE, perturb_
+
+VARIANTS = [(), ("--preset", "best", "--hidden_dims", "16", "32"), ("--prior", "standard", "--flow_length", "0"),
+            ("--flow_context", "encoder"), ("--flow_prior", "pushed"), ("--balance", "1", "--mixture_weights", "learned"),
+            ("--skip_grad_norm", "10", "--grad_clip", "0"), ("--ema_decay", "0", "--recon_loss", "mse"),
+            ("--posterior_std", "0.1")]
+SMALL = ("--img_size", "16", "--hidden_dims", "16", "32", "--latent_dim", "16", "--flow_seq_len", "4", "--flow_embed_dim", "16",
+         "--flow_length", "2", "--flow_layers", "1", "--num_components", "6", "--batch_size", "4")
+
+
+def flags_of(*flags):
+    args, given = train.parse_args([*SMALL, "--lpips_net", "none", "--fid_every", "0", *flags])
+    args.in_channels, args.flip = 3, True
+    train.check_flags(args, given)
+    return args
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """pretended(args, with_lpips): a Trainer whose model lives on a GPU that is not there; inside a FakeTensorMode."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device="cuda") + 1
+    except (RuntimeError, AssertionError) as e:
+        pytest.skip(f"this PyTorch cannot pretend to have CUDA ({e})")
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(train, "seeded", lambda *_: None)                    # a generator needs a device
+
+    def on_gpu(module):                                                      # some buffers name the CPU; .to() moves them
+        for m in module.modules():
+            m._buffers = {k: v.to("cuda") for k, v in m._buffers.items()}
+        return module
+
+    def make(args, with_lpips=False):
+        def build(_=None):
+            return on_gpu(CrossFlowVampVAE(**train.model_args_of(args)))
+
+        monkeypatch.setattr(train, "copy", types.SimpleNamespace(deepcopy=build))     # of a FakeTensor: of another mode
+        lpips = None
+        if with_lpips:
+            import lpips as library
+            net = on_gpu(library.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False))
+            lpips = lambda a, b: net(a, b).flatten()                         # noqa: E731
+            lpips.sha256 = None
+        trainer = train.Trainer(args, build(), lpips, 3, args.batch_size, None, "")
+
+        def backward(loss):
+            assert loss.requires_grad and loss.device.type == "cuda" and loss.dtype == torch.float32
+            for p in trainer.parameters:
+                p.grad = torch.empty_like(p)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        return trainer
+
+    with FakeTensorMode(), torch.device("cuda"):
+        yield make
+
+
+def batch_of(args):
+    return torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize("flags, amp", [*((flags, True) for flags in VARIANTS), ((), False)])
+def test_a_step_stays_on_the_device_and_never_waits_for_it(pretended, flags, amp):
+    args = flags_of(*flags)
+    trainer = pretended(args)
+    seen = []
+    trainer.model.decoder.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    for _ in range(2):
+        train.train_step(trainer, batch_of(args), amp)
+    assert seen == 2 * [torch.bfloat16 if amp else torch.float32]            # bf16 is really on
+    assert trainer.step == 2 and trainer.unread.device.type == trainer.first_bad.device.type == "cuda"
+    for p in trainer.parameters:                                             # the moments too: a fused update is one kernel
+        state = trainer.optimizer.state[p]
+        assert {v.device.type for v in state.values()} == {"cuda"} and state["exp_avg"].dtype == torch.float32
+    assert trainer.optimizer.param_groups[0]["fused"]
+
+
+def test_a_step_with_lpips_stays_on_the_device(pretended):
+    args = flags_of("--img_size", "32")
+    args.lpips_net = "squeeze"
+    train.train_step(pretended(args, with_lpips=True), batch_of(args), True)
+
+
+@pytest.mark.parametrize("what, error", [("reads a value", DataDependentOutputException),
+                                         ("mixes devices", FakeTensorDeviceMismatchError)])
+def test_the_pretended_device_notices(pretended, monkeypatch, what, error):
+    """What the tests above rest on."""
+    original = train.objective
+
+    def spoiled(args, parts, *rest):
+        terms = original(args, parts, *rest)
+        if what == "reads a value":
+            assert terms["loss"] > 0
+        else:
+            terms["loss"] = terms["loss"] * torch.ones(2, device="cpu")
+        return terms
+
+    monkeypatch.setattr(train, "objective", spoiled)
+    args = flags_of()
+    with pytest.raises(error):
+        train.train_step(pretended(args), batch_of(args), True)
+
+
+def test_sampling_and_reconstructing_stay_on_the_device(pretended):
+    for flags in VARIANTS:
+        model = pretended(flags_of(*flags)).model
+        x = train.to_float(batch_of(flags_of(*flags)))
+        with torch.no_grad():
+            assert model.sample(5).device.type == model.reconstruct(x).device.type == "cuda"
+
+
+@pytest.mark.parametrize("flags", VARIANTS[:6], ids=" ".join)              # the others are outside the graph, or near the same
+def test_a_step_is_one_graph_without_recompiling(flags):
+    """Model and loss are each captured whole (a break would cut a CUDA graph in two and wait between), and once: neither
+    beta nor the step's number, which change, are part of them."""
+    args = flags_of(*flags, "--warmup_epochs", "1", "--epochs", "2")
+    model = CrossFlowVampVAE(**train.model_args_of(args))
+    perturb_(model, 0.05, torch.Generator().manual_seed(0))
+    trainer = train.Trainer(args, model, None, 3, args.batch_size, None, "")
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()
+    trainer.network, trainer.criterion = (torch.compile(f, backend="eager", fullgraph=True, dynamic=False)
+                                          for f in (trainer.network, trainer.criterion))
+    model.train()
+    batch = torch.randint(0, 256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
+    x, eps = train.to_float(batch), torch.randn(args.batch_size, args.latent_dim)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        parts, _ = train.forward(trainer, x, eps, False)
+        wanted, _ = train.loss_parts(args, eager, None, x, eager(x, eps))
+        assert {k: v.item() for k, v in parts.items()} == pytest.approx({k: v.item() for k, v in wanted.items()}, rel=1e-5)
+        for _ in range(4):                                                   # into the second epoch
+            train.train_step(trainer, batch, False)
+    assert trainer.step == 4
+    torch._dynamo.reset()
