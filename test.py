@@ -64,6 +64,7 @@ from PR_Calculate import (
     project,
 )
 from utils import (
+    DATA_CACHE,
     LATENT_BLOCK,
     LOCK,
     MANIFEST,
@@ -123,6 +124,8 @@ def build_parser():
     group.add_argument("--data_dir", default=None,
                        help="where the data set is and the exports go (default: as in training)")
     group.add_argument("--export_dir", default=None, help="where the exports go instead (default: data_dir)")
+    group.add_argument("--data_cache", action=argparse.BooleanOptionalAction, default=True,
+                       help="keep many decoded image files in save_dir/data_cache, as train.py does")
     group.add_argument("--allow_other_data", action="store_true",
                        help="go on if these are not the images of the training")
     group.add_argument("--save_dir", default="./results",
@@ -1071,7 +1074,7 @@ def open_data(args, checkpoint, model, device):
     check_saved_flags(parser, checkpoint["args"], args.resume)
     flags = argparse.Namespace(**{k: checkpoint["args"][k] for k in DATA_FLAGS})
     flags.data_dir = args.data_dir
-    train, test = load_data(flags, device)
+    train, test = load_data(flags, device, Path(args.save_dir, DATA_CACHE) if args.data_cache else None)
     if tuple(train.shape) != (model.in_channels, model.img_size, model.img_size):
         raise UserError(f"--data_dir {args.data_dir}: images of shape {tuple(train.shape)}, the model's are "
                         f"{(model.in_channels, model.img_size, model.img_size)}")

@@ -36,6 +36,7 @@ from models.vamp_flow import (
     check_flow,
 )
 from utils import (
+    DATA_CACHE,
     FlagParser,
     InceptionFeatures,
     LatentHealth,
@@ -92,7 +93,7 @@ PRESETS = {"best": dict(decode_from="z0", prior="mog", mixture_weights="learned"
 # Flags that may differ when a run is resumed; the rest define the result, and a different value is refused by name.
 MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite", "stop_epoch", "demo", "threads", "amp",
               "compile", "channels_last", "deterministic", "num_workers", "tensorboard", "sample_every", "grid_images",
-              "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep", "check_every"}
+              "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep", "check_every", "data_cache"}
 # Of these, what a resumed run does not take over from the checkpoint.
 NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "channels_last", "resume", "overwrite", "stop_epoch", "demo"}
 
@@ -136,6 +137,8 @@ def build_parser():
     group.add_argument("--tensorboard", action=switch, default=True, help="write TensorBoard events, if it is installed")
 
     group = add_data_flags(parser)
+    group.add_argument("--data_cache", action=switch, default=True,
+                       help="keep many decoded image files in save_dir/data_cache, so that the next start need not decode")
     group.add_argument("--flip", action=switch, default=None, help="random horizontal flips (default: on, digits off)")
     group.add_argument("--val_images", type=int, default=0, help="held-out images used for validation, 0 = all")
 
@@ -1011,7 +1014,7 @@ def train(stack):
     if extractor and args.fid_samples < 2048:
         print(f"note: FID from {args.fid_samples} samples is far too high (its covariance has at most that rank); "
               f"compare it only with itself")
-    data, held_out = load_data(args, device)
+    data, held_out = load_data(args, device, Path(args.save_dir, DATA_CACHE) if args.data_cache else None)
     if extractor and len(data) < 2:
         raise UserError(f"--data_dir {args.data_dir}: FID needs at least two training images; use --fid_every 0")
     batch_size = min(args.batch_size, len(data))
@@ -1120,9 +1123,10 @@ def self_check(model):
         return
     result = check_flow(model.flow)
     if max(result["inverse_error"], result["log_det_error"]) > 1e-6 or not result["scale_std"] > 0:
-        raise UserError(f"the flow fails its self-check, worst in layer {result['layer']} (inverse error "
-                        f"{result['inverse_error']:.1e}, log-det error {result['log_det_error']:.1e}, bound 1e-6); a smaller "
-                        f"--scale_bound or --flow_length keeps it well conditioned")
+        where = f", worst in layer {result['layer']}" if result["layer"] else ""
+        raise UserError(f"the flow fails its self-check{where} (inverse error {result['inverse_error']:.1e}, log-det error "
+                        f"{result['log_det_error']:.1e}, bound 1e-6); a smaller --scale_bound or --flow_length keeps it well "
+                        f"conditioned")
     print(f"self-check  flow round trip {result['inverse_error']:.1e}, log-det {result['log_det_error']:.1e} "
           f"(relative, float64), s spreads by {result['scale_std']:.2f}")
 

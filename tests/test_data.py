@@ -125,6 +125,36 @@ def test_folder_splits(tmp_path):
     assert [len(x) for x in load_data(flags(tmp_path / "one"), "cpu")] == [1, 1]
 
 
+def test_many_decoded_images_are_kept_for_the_next_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "MANY_IMAGES", 20)
+    write_images(tmp_path / "data" / "train", 30, size=8)
+    write_images(tmp_path / "data" / "test", 3, size=8, seed=1)
+    cache, decoded = tmp_path / "results" / "data_cache", []
+    monkeypatch.setattr(utils, "decode_images", lambda paths, *rest: decoded.append(len(paths)) or decode_images(paths, *rest))
+
+    def load(**kwargs):
+        decoded.clear()
+        data = load_data(flags(tmp_path / "data", **kwargs), "cpu", cache)
+        return data[0].fingerprint, [*decoded], capsys.readouterr()
+
+    fingerprint, counts, said = load()
+    assert counts == [30, 3] and "training images, kept in" in said.out
+    kept, = cache.iterdir()
+    assert load()[:2] == (fingerprint, [3])
+    assert load_data(flags(tmp_path / "data"), "cpu")[0].fingerprint == fingerprint             # without: the same data
+    assert load(img_size=4)[1] == [30, 3] and load(in_channels=1)[1] == [30, 3] and len(list(cache.iterdir())) == 3
+    kept.write_bytes(kept.read_bytes()[:-300] + bytes(300))
+    again = load()
+    assert again[:2] == (fingerprint, [30, 3]) and again[2].err.count("damaged, computed again") == 1
+    shutil.copyfile(tmp_path / "data" / "test" / "00000.png", tmp_path / "data" / "train" / "00000.png")
+    changed, counts, _ = load()
+    assert changed != fingerprint and counts == [30, 3] and not kept.exists() and len(list(cache.iterdir())) == 3
+    shutil.rmtree(cache)
+    cache.write_text("in the way")
+    changed_again, counts, said = load()
+    assert changed_again == changed and counts == [30, 3] and said.out.startswith("note: ") and said.out.count("\n") == 1
+
+
 def test_streamed_images_equal_cached_ones(tmp_path):
     write_images(tmp_path / "train", 7, size=12)
     write_images(tmp_path / "test", 2, size=12)
