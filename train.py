@@ -644,6 +644,7 @@ def compile_step(trainer, shape, amp):
     mode = "reduce-overhead" if trainer.device.type == "cuda" else "default"
     try:
         trainer.network, trainer.criterion = (torch.compile(f, mode=mode, dynamic=False) for f in eager)
+        trainer.model.train()                             # as the steps do, or the first of them would compile it again
         x = torch.zeros(shape, device=trainer.device)
         eps = torch.zeros(shape[0], trainer.args.latent_dim, device=trainer.device)
         for _ in range(3):                                # the graphs are recorded at the second or third call
