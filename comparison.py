@@ -576,7 +576,8 @@ def difference_figure(metric, names, results, confidence):
     right.set_xlabel("difference to real (% of real)" if relative else f"difference to real\n({unit})")
     right.set_title("Mean (filled) and median (open)", fontsize=10)
     fig.suptitle(title, fontsize=11)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, handlelength=4, ncols=columns)
+    # The handles as they are: of labels of its own accord, Matplotlib leaves out those that begin with an underscore.
+    fig.legend(left.lines[:len(names)], legend_labels, loc="outside lower center", frameon=False, handlelength=4, ncols=columns)
     return fig, ratio, relative
 
 
@@ -927,9 +928,9 @@ def main(argv=None):
     # All or none: figures of this run beside tables of the last one would look like one result.
     atomic_write_all({out / name: content if isinstance(content, bytes) else content.encode("utf-8", "replace")
                       for name, content in files.items()})
-    for old in sorted(p for p in out.iterdir() if OUTPUT.fullmatch(p.name) and p.name not in files):
+    for old in sorted(p for p in out.iterdir() if OUTPUT.fullmatch(p.name) and p.name not in files and p.is_file()):
+        old.unlink(missing_ok=True)
         print(f"removed {old.name}, of an earlier comparison")
-        old.unlink()
 
     sizes = Counter(Path(name).suffix[1:] for name in files)
     print(f"{out / 'report.html'}: {len(tables)} variants, {len(results)} metrics, {sizes['png']} figures")

@@ -1047,22 +1047,21 @@ def next_commands(args, tag, device):
     real, fake = (Path(args.export_dir, name) for name in (args.real_dirname, args.fake_dirname))
     quality, compare = (Path(args.save_dir, name) for name in (QUALITY_DIR, "compare"))
     try:
-        tag = safe_tag(tag)
+        tag = safe_tag("real_samples" if tag == "real" else tag)
     except argparse.ArgumentTypeError:                          # csv_analysis.py would refuse it
-        tag = safe_tag("_" + re.sub(r"[^A-Za-z0-9_.+-]", "_", tag)[:99])
+        tag = safe_tag(f"run_{re.sub(r'[^A-Za-z0-9_.+-]', '_', tag)[:80]}_{zlib.crc32(os.fsencode(tag)):08x}")
     commands = []
     if real.is_dir() and fake.is_dir():
         number = sum(EXPORTED.fullmatch(name) is not None for name in os.listdir(real))
         commands += [["-m", "pytorch_fid", real, fake],
                      ["PR_Calculate.py", "--real_dir", real, "--fake_dir", fake, "--device", device.type, "--pca_dim",
                       min(args.pca_dim, number), "--tag", tag, "--out", Path(quality, f"pr_{tag}.json")]]
-    tags = [name for name, folder in ((tag, fake), ("real", real)) if folder.is_dir()]
-    commands += [["csv_analysis.py", "--gen", real if name == "real" else fake, "--out_dir", quality, "--tag", name]
-                 for name in tags]
-    if tags:
+    folders = {name: folder for name, folder in ((tag, fake), ("real", real)) if folder.is_dir()}
+    commands += [["csv_analysis.py", "--gen", folder, "--out_dir", quality, "--tag", name] for name, folder in folders.items()]
+    if folders:
         known = ["VAE"] if Path(quality, "cache_VAE.csv").exists() else []
         commands.append(["comparison.py", "--cache_dir", quality, "--out_dir", compare, "--model_order",
-                         ",".join(dict.fromkeys([*known, *tags]))])
+                         ",".join(dict.fromkeys([*known, *folders]))])
     return [shlex.join(["python", *map(str, c)]) for c in commands]
 
 

@@ -520,7 +520,8 @@ LATENT_BLOCK = 1000                 # latents drawn at once; another number give
 MANIFEST = "manifest.json"          # in every folder of exported images
 # What a folder that these scripts have filled is known by; the folder data set passes such folders over.
 MADE_HERE = {"exported images": {MANIFEST}, "a training run": {"args.json", "train_log.txt"},
-             "a report of comparison.py": {"report.html", "summary.csv"}, "a grid of variants": {"grid.json", "grid.csv"}}
+             "pictures of test.py": {"test_log.txt"}, "a report of comparison.py": {"report.html", "summary.csv"},
+             "a grid of variants": {"grid.json", "grid.csv"}}
 
 
 def to_uint8(x):
@@ -662,8 +663,9 @@ DECODER = 1                         # to be raised when read_image makes other p
 def decode_kept(paths, root, channels, size, name, folder):
     """decode_images of the `name` images below root, kept in `folder` (None: nowhere) for the next start if they are many.
 
-    They are used again as long as names, sizes and times of the files, and what decodes them, are the same. A damaged
-    file is decoded again, aloud; one that no longer fits is replaced; and where it cannot be written, that is said.
+    They are used again as long as names, sizes and times (of content and of status) of the files, and what decodes them,
+    are the same. A damaged file is decoded again, aloud; one that no longer fits is replaced; and where it cannot be
+    written, or another process is writing there, the run goes on without.
     """
     def decode():
         return decode_images(paths, channels, size, f"decoding {name} images")
@@ -674,26 +676,29 @@ def decode_kept(paths, root, channels, size, name, folder):
     prefix = "" if str(root) == "." else os.path.join(root, "")
     for path in map(str, paths):
         stat = os.stat(path)
-        digest.update(repr((path.removeprefix(prefix), stat.st_size, stat.st_mtime_ns)).encode())
+        # The time of the last change of status too: that of the content can be set to anything, and tar and rsync do.
+        digest.update(repr((path.removeprefix(prefix), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
     key = digest.hexdigest()
     place = hashlib.sha256(repr((os.path.realpath(root), name, channels, size)).encode()).hexdigest()[:16]
     kept = Path(folder) / f"images-{place}-{key[:16]}.npz"
-    arrays = read_arrays(kept, key) if kept.is_file() else None
-    if arrays is not None:
+    arrays = read_arrays(kept, key) if os.path.isfile(kept) else None
+    if arrays is not None and "images" in arrays:
         print(f"decoded     {name} images from {kept}")
         return torch.from_numpy(arrays["images"])
     images = decode()
     if is_main():
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(kept) as f:
-                np.savez(f, key=key, images=images.numpy())
-            for old in kept.parent.glob(f"images-{place}-*.npz"):
-                if old != kept:
-                    old.unlink()
-            print(f"decoded     {name} images, kept in {kept} ({kept.stat().st_size / 2 ** 20:.0f} MiB) for the next start")
+        try:                                              # the lock also removes what a killed process has left half-written
+            with lock_folder(kept.parent, "--save_dir"):
+                with atomic_write(kept) as f:
+                    np.savez(f, key=key, images=images.numpy())
+                for old in kept.parent.glob(f"images-{place}-*.npz"):
+                    if old != kept:
+                        old.unlink(missing_ok=True)
+            print(f"decoded     {name} images, kept in {kept} ({images.numel() / 2 ** 20:.0f} MiB) for the next start")
         except OSError as e:                              # a convenience
             print(f"note: {kept}: not kept, {ERRNO_HINTS.get(e.errno, e.strerror)}")
+        except UserError:                                 # another process is at it
+            pass
     return images
 
 

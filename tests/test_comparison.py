@@ -288,16 +288,19 @@ def test_difference_figure_shows_the_quantile_ratio_or_difference(zeros):
 def test_long_names_keep_both_ends_and_have_room():
     names = [f"CrossVampVAE_cifar10_flow_length_8_components_500_lr_{lr}_beta_0.2_warmup_20_seed_{s}" for lr in
              ("1e-3", "1e-4", "3e-4") for s in (0, 1)]
+    assert len({comparison.plain(n) for n in names[:4]}) == 4
     for width in (16, 22, 30):
         texts = [comparison.plain(n, width) for n in names]
         assert all(len(t.splitlines()) <= 3 and max(map(len, t.splitlines())) <= width for t in texts)
         assert all(t.startswith("CrossVampVAE") and t.endswith(n[-4:]) for t, n in zip(texts, names))
+    names.append("_begins with an underscore")
     assert comparison.plain("short") == "short" and comparison.plain(" ") == " "
     x, y = sample(50)[["lap_var"]].to_numpy(), sample(50, seed=1)[["lap_var"]].to_numpy()
     fig, *_ = comparison.difference_figure("lap_var", names, {n: compare(x, y, B=5)[0] for n in names}, 95)
     fig.draw_without_rendering()
     labels = [t.get_window_extent() for t in fig.axes[1].get_yticklabels()]
     assert all(upper.y0 - lower.y1 > 24 for upper, lower in zip(labels, labels[1:]))            # pixels: two lines of text
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == [comparison.plain(n, 30) for n in names]
     legend = fig.legends[0].get_window_extent()
     assert legend.y0 >= 0 and legend.y1 < fig.axes[0].xaxis.label.get_window_extent().y0
     plt.close(fig)
@@ -376,13 +379,14 @@ def test_command_writes_report_tables_and_figures(tmp_path):
 def test_without_real_there_are_no_differences(tmp_path, script):
     folder = write_caches(tmp_path / "in", VAE=sample(30))
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "violin_lap_var.pdf").mkdir()           # somebody's own, whatever it is called
     for name in ("difference_lap_var.png", "box_hf_ratio.pdf", "evaluation.csv", "box_mine.png", "notes.txt"):
         (tmp_path / "out" / name).write_text("of an earlier comparison, or somebody's own")
     code, stdout, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
     assert code == 0 and "no cache_real.csv" in stderr and "removed difference_lap_var.png" in stdout
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(["box_mine.png", "notes.txt", "report.html", "summary.csv",
-                                                           "summary.md", *(f"{kind}_{m}.png" for m in METRICS
-                                                                           for kind in ("box", "violin"))])
+    ours = [f"{kind}_{m}.png" for m in METRICS for kind in ("box", "violin")]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(["violin_lap_var.pdf", "box_mine.png", "notes.txt", *ours,
+                                                           "report.html", "summary.csv", "summary.md"])
     page = Page(tmp_path / "out" / "report.html")
     assert "No difference plot" in page.text and "no cache_real.csv" in page.text and "Wasserstein-1" in page.text
     summary = pd.read_csv(tmp_path / "out" / "summary.csv")

@@ -1,5 +1,6 @@
 """Images in and out: reading, resizing, splitting, listing, atomic files."""
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_listing_ignores_hidden_files_our_own_folders_and_loops(tmp_path, capsys
     write_images(tmp_path / "a", 2, size=4)
     (tmp_path / "a" / "args.json").write_text("{}")                  # not all that a run has
     made = {"real_cifar": [MANIFEST], "my_run/samples": ["../args.json", "../train_log.txt"],
-            "compare": ["report.html", "summary.csv"], "grid": ["grid.json", "grid.csv"]}
+            "compare": ["report.html", "summary.csv"], "grid": ["grid.json", "grid.csv"], "my_test": ["test_log.txt"]}
     for name, marks in made.items():
         write_images(tmp_path / name, 3, size=4)
         for mark in marks:
@@ -103,9 +104,9 @@ def test_listing_ignores_hidden_files_our_own_folders_and_loops(tmp_path, capsys
     found = [p.name for p in list_images(tmp_path, skip_made_here=True)]
     assert found == ["00000.png", "00001.png", "UPPER.JPG"]
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and "exported images (by its manifest.json)" in said[3]
+    assert len(said) == 5 and "exported images (by its manifest.json)" in said[4]
     assert f"{tmp_path / 'my_run'}: a training run (by its args.json and train_log.txt), not used as data" in said
-    assert len(list_images(tmp_path)) == 3 + 4 * 3
+    assert len(list_images(tmp_path)) == 3 + 5 * 3
 
 
 def test_folder_splits(tmp_path):
@@ -149,6 +150,14 @@ def test_many_decoded_images_are_kept_for_the_next_start(tmp_path, monkeypatch, 
     shutil.copyfile(tmp_path / "data" / "test" / "00000.png", tmp_path / "data" / "train" / "00000.png")
     changed, counts, _ = load()
     assert changed != fingerprint and counts == [30, 3] and not kept.exists() and len(list(cache.iterdir())) == 3
+    path = tmp_path / "data" / "train" / "00001.png"                 # a rewrite that keeps size and time of the content
+    stat, content = path.stat(), path.read_bytes()
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load()[1] == [30, 3]
+    path.write_bytes(content)
+    with utils.lock_folder(cache, "--save_dir"):                     # another process is writing there
+        assert load()[1] == [30, 3] and load()[1] == [30, 3]
     shutil.rmtree(cache)
     cache.write_text("in the way")
     changed_again, counts, said = load()

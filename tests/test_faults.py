@@ -38,7 +38,7 @@ import PR_Calculate
 import train
 import utils
 from models.vamp_flow import LIMITS, BiCrossAttnFlow, CrossFlowVampVAE, perturb_
-from utils import UserError, cached_statistics, load_model, png_is_whole, read_checkpoint, read_image, write_json
+from utils import UserError, cached_statistics, list_images, load_model, png_is_whole, read_checkpoint, read_image, write_json
 
 # "import test" would find the standard library's package of that name.
 spec = importlib.util.spec_from_file_location("test_script", ROOT / "test.py")
@@ -319,13 +319,31 @@ def of_statistics(call, trained, folder, monkeypatch):
     return next(folder.glob("*.npz")), run
 
 
+def of_decoded(call, trained, folder, monkeypatch):
+    """Decoded images, as train.py and test.py keep them."""
+    monkeypatch.setattr(utils, "MANY_IMAGES", 4)
+    write_images(folder / "data", 5, size=4)
+    paths = list_images(folder / "data")
+
+    def main():
+        numbers.append(utils.decode_kept(paths, folder / "data", 3, 4, "training", folder / "cache").tolist())
+
+    def run():
+        numbers.clear()
+        code, _, stderr = call(main)
+        return code, stderr, numbers[0]
+    numbers = []
+    run()
+    return next((folder / "cache").glob("*.npz")), run
+
+
 TARGETS = {
     "train.py checkpoint": (of_train,), "test.py checkpoint": (of_test,), "test.py manifest": (of_manifest,),
     "PR image": (of_pr, "fake/00002.png"), "PR manifest": (of_pr, "fake/manifest.json"), "PR features": (of_pr, "cache/*.npz"),
     "csv image": (of_csv, "gen/00002.png"), "csv cache": (of_csv, "out/cache_t.csv"),
     "csv fingerprint": (of_csv, "out/cache_t.json"), "comparison cache": (of_comparison, "cache_a.csv"),
     "comparison fingerprint": (of_comparison, "cache_a.json"), "comparison evaluation": (of_comparison, "pr_a.json"),
-    "statistics": (of_statistics,),
+    "statistics": (of_statistics,), "decoded images": (of_decoded,),
 }
 
 

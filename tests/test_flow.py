@@ -168,7 +168,7 @@ class Faulty(torch.nn.Module):
     def forward(self, z, context=None):
         if self.fault != "own_half":
             z, s = self.inner(z, context)
-            return z, s[:, :s.shape[1] // 2] if self.fault == "log_det" else s
+            return z, {"log_det": s[:, :s.shape[1] // 2], "both_log_dets": 1.01 * s}.get(self.fault, s)
         a, b = z[:, self.inner.perm].chunk(2, dim=1)
         s_b, t_b = self.inner.cond_b(a + b, context)                # the conditioner of b sees b
         b = b * s_b.exp() + t_b
@@ -177,17 +177,17 @@ class Faulty(torch.nn.Module):
 
     def inverse(self, z, context=None):
         z, s = self.inner.inverse(z, context)
-        return z * (1 + 1e-5) if self.fault == "epsilon" else z, s
+        return z * (1 + 1e-5) if self.fault == "epsilon" else z, 1.01 * s if self.fault == "both_log_dets" else s
 
 
-@pytest.mark.parametrize("fault", ["own_half", "log_det", "epsilon"])
+@pytest.mark.parametrize("fault", ["own_half", "log_det", "both_log_dets", "epsilon"])
 def test_check_flow_catches_a_broken_flow(fault):
     flow = make(length=3, perturb=0.0).float()
     for i in range(3) if fault == "log_det" else [1]:
         flow.couplings[i] = Faulty(flow.couplings[i], fault)
     result = check_flow(flow)
-    assert (result["log_det_error"] if fault == "log_det" else result["inverse_error"]) > 1e-6
-    assert fault == "log_det" or result["layer"] == 2
+    found, of = ("inverse", 2) if fault in ("own_half", "epsilon") else ("log_det", 0)          # 0: every layer inverts
+    assert result[f"{found}_error"] > 1e-6 and result["layer"] == of
     assert fault == "epsilon" or max(check_flow(flow, perturb=0.0)[k] for k in ("inverse_error", "log_det_error")) < 1e-9
 
 

@@ -8,9 +8,12 @@ is replaced by gradients of the right shapes.
 import copy
 import types
 
+import lpips as lpips_library
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from models.vamp_flow import CrossFlowVampVAE, perturb_
@@ -28,6 +31,32 @@ def flags_of(*flags):
     args.in_channels, args.flip = 3, True
     train.check_flags(args, given)
     return args
+
+
+def random_lpips(place=lambda net: net):
+    """LPIPS with random weights, as build_lpips makes it."""
+    net = place(lpips_library.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False))
+
+    def loss(a, b):
+        return net(a, b).flatten()
+
+    loss.sha256 = None
+    return loss
+
+
+class CopyToCPU(Exception):
+    pass
+
+
+class NoCopiesToCPU(TorchDispatchMode):
+    """FakeTensorMode lets .cpu() pass, which waits too."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        devices = [{x.device.type for x in tree_leaves(tree) if isinstance(x, torch.Tensor)} for tree in (args, out)]
+        if "cuda" in devices[0] and "cpu" in devices[1]:
+            raise CopyToCPU(function)
+        return out
 
 
 @pytest.fixture
@@ -54,10 +83,7 @@ def pretended(monkeypatch):
         monkeypatch.setattr(train, "copy", types.SimpleNamespace(deepcopy=build))     # of a FakeTensor: of another mode
         lpips = None
         if with_lpips:
-            import lpips as library
-            net = on_gpu(library.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False))
-            lpips = lambda a, b: net(a, b).flatten()                         # noqa: E731
-            lpips.sha256 = None
+            lpips = random_lpips(on_gpu)
         trainer = train.Trainer(args, build(), lpips, 3, args.batch_size, None, "")
 
         def backward(loss):
@@ -76,6 +102,11 @@ def batch_of(args):
     return torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8, device="cuda")
 
 
+def step(trainer, amp):
+    with NoCopiesToCPU():                                                    # sampling may copy: its draws are the CPU's
+        train.train_step(trainer, batch_of(trainer.args), amp)
+
+
 @pytest.mark.parametrize("flags, amp", [*((flags, True) for flags in VARIANTS), ((), False)])
 def test_a_step_stays_on_the_device_and_never_waits_for_it(pretended, flags, amp):
     args = flags_of(*flags)
@@ -83,7 +114,7 @@ def test_a_step_stays_on_the_device_and_never_waits_for_it(pretended, flags, amp
     seen = []
     trainer.model.decoder.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     for _ in range(2):
-        train.train_step(trainer, batch_of(args), amp)
+        step(trainer, amp)
     assert seen == 2 * [torch.bfloat16 if amp else torch.float32]            # bf16 is really on
     assert trainer.step == 2 and trainer.unread.device.type == trainer.first_bad.device.type == "cuda"
     for p in trainer.parameters:                                             # the moments too: a fused update is one kernel
@@ -95,11 +126,11 @@ def test_a_step_stays_on_the_device_and_never_waits_for_it(pretended, flags, amp
 def test_a_step_with_lpips_stays_on_the_device(pretended):
     args = flags_of("--img_size", "32")
     args.lpips_net = "squeeze"
-    train.train_step(pretended(args, with_lpips=True), batch_of(args), True)
+    step(pretended(args, with_lpips=True), True)
 
 
 @pytest.mark.parametrize("what, error", [("reads a value", DataDependentOutputException),
-                                         ("mixes devices", FakeTensorDeviceMismatchError)])
+                                         ("copies to the CPU", CopyToCPU), ("mixes devices", FakeTensorDeviceMismatchError)])
 def test_the_pretended_device_notices(pretended, monkeypatch, what, error):
     """What the tests above rest on."""
     original = train.objective
@@ -108,14 +139,15 @@ def test_the_pretended_device_notices(pretended, monkeypatch, what, error):
         terms = original(args, parts, *rest)
         if what == "reads a value":
             assert terms["loss"] > 0
+        elif what == "copies to the CPU":
+            terms["loss"].detach().cpu()
         else:
             terms["loss"] = terms["loss"] * torch.ones(2, device="cpu")
         return terms
 
     monkeypatch.setattr(train, "objective", spoiled)
-    args = flags_of()
     with pytest.raises(error):
-        train.train_step(pretended(args), batch_of(args), True)
+        step(pretended(flags_of()), True)
 
 
 def test_sampling_and_reconstructing_stay_on_the_device(pretended):
@@ -126,14 +158,17 @@ def test_sampling_and_reconstructing_stay_on_the_device(pretended):
             assert model.sample(5).device.type == model.reconstruct(x).device.type == "cuda"
 
 
-@pytest.mark.parametrize("flags", VARIANTS[:6], ids=" ".join)              # the others are outside the graph, or near the same
+# The other variants are outside the graph, or near the same.
+@pytest.mark.parametrize("flags", [*VARIANTS[:6], ("--img_size", "32", "with LPIPS")], ids=" ".join)
 def test_a_step_is_one_graph_without_recompiling(flags):
     """Model and loss are each captured whole (a break would cut a CUDA graph in two and wait between), and once: neither
     beta nor the step's number, which change, are part of them."""
-    args = flags_of(*flags, "--warmup_epochs", "1", "--epochs", "2")
+    with_lpips = "with LPIPS" in flags
+    args = flags_of(*(f for f in flags if f != "with LPIPS"), "--warmup_epochs", "1", "--epochs", "2")
     model = CrossFlowVampVAE(**train.model_args_of(args))
     perturb_(model, 0.05, torch.Generator().manual_seed(0))
-    trainer = train.Trainer(args, model, None, 3, args.batch_size, None, "")
+    lpips = random_lpips() if with_lpips else None
+    trainer = train.Trainer(args, model, lpips, 3, args.batch_size, None, "")
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
     trainer.network, trainer.criterion = (torch.compile(f, backend="eager", fullgraph=True, dynamic=False)
@@ -143,7 +178,7 @@ def test_a_step_is_one_graph_without_recompiling(flags):
     x, eps = train.to_float(batch), torch.randn(args.batch_size, args.latent_dim)
     with torch._dynamo.config.patch(error_on_recompile=True):
         parts, _ = train.forward(trainer, x, eps, False)
-        wanted, _ = train.loss_parts(args, eager, None, x, eager(x, eps))
+        wanted, _ = train.loss_parts(args, eager, lpips, x, eager(x, eps))
         assert {k: v.item() for k, v in parts.items()} == pytest.approx({k: v.item() for k, v in wanted.items()}, rel=1e-5)
         for _ in range(4):                                                   # into the second epoch
             train.train_step(trainer, batch, False)

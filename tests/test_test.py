@@ -270,8 +270,12 @@ def test_exports_go_where_they_are_sent(checkpoint, data, monkeypatch, tmp_path,
          "False", "--tag=-a b,$c$")
     commands = [shlex.split(line) for line in capsys.readouterr().out.split("next:\n")[1].splitlines()]
     assert [c[1] for c in commands] == ["csv_analysis.py", "comparison.py"]
-    assert commands[0][2:4] == ["--gen", str(folders["fake"])] and commands[0][-1] == "_-a_b__c_"
-    assert commands[1][-1] == "VAE,_-a_b__c_"
+    assert commands[0][2:4] == ["--gen", str(folders["fake"])] and commands[0][-1].startswith("run_-a_b__c__")
+    assert commands[1][-1] == f"VAE,{commands[0][-1]}"
+    folders["real"].mkdir()
+    args = script.build_parser().parse_args(["--resume", "x", "--export_dir", str(folders["fake"].parent)])
+    measured = [shlex.split(c) for c in script.next_commands(args, "real", torch.device("cpu")) if "csv_analysis" in c]
+    assert [(c[3], c[-1]) for c in measured] == [(str(folders["fake"]), "real_samples"), (str(folders["real"]), "real")]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--export_dir"):
         export(monkeypatch, tmp_path, checkpoint, "--export_dir", tmp_path / "file")
