@@ -158,8 +158,9 @@ def test_sampling_and_reconstructing_stay_on_the_device(pretended):
             assert model.sample(5).device.type == model.reconstruct(x).device.type == "cuda"
 
 
-# The other variants are outside the graph, or near the same.
-@pytest.mark.parametrize("flags", [*VARIANTS[:6], ("--img_size", "32", "with LPIPS")], ids=" ".join)
+# Those of the variants that change the graph most.
+@pytest.mark.parametrize("flags", [VARIANTS[0], VARIANTS[1], VARIANTS[3], VARIANTS[5], ("--img_size", "32", "with LPIPS")],
+                         ids=" ".join)
 def test_a_step_is_one_graph_without_recompiling(flags):
     """Model and loss are each captured whole (a break would cut a CUDA graph in two and wait between), and once: neither
     beta nor the step's number, which change, are part of them."""
