@@ -303,38 +303,30 @@ def of_comparison(call, trained, folder, monkeypatch, file):
     return folder / "caches" / file, run
 
 
-def of_statistics(call, trained, folder, monkeypatch):
-    """The Inception statistics of the training set, as train.py keeps them."""
-    features = np.random.default_rng(0).standard_normal((20, 12)).astype(np.float32)
-
-    def main():
-        numbers.append([a.tolist() for a in cached_statistics(folder, "key", lambda: features)])
+def of_kept(call, folder, compute):
+    """A file in `folder` that compute() -> numbers makes, or reads."""
+    numbers = []
 
     def run():
         numbers.clear()
-        code, _, stderr = call(main)
+        code, _, stderr = call(lambda: numbers.append(compute()))
         return code, stderr, numbers[0]
-    numbers = []
     run()
     return next(folder.glob("*.npz")), run
+
+
+def of_statistics(call, trained, folder, monkeypatch):
+    """The Inception statistics of the training set, as train.py keeps them."""
+    features = np.random.default_rng(0).standard_normal((20, 12)).astype(np.float32)
+    return of_kept(call, folder, lambda: [a.tolist() for a in cached_statistics(folder, "key", lambda: features)])
 
 
 def of_decoded(call, trained, folder, monkeypatch):
     """Decoded images, as train.py and test.py keep them."""
     monkeypatch.setattr(utils, "MANY_IMAGES", 4)
     write_images(folder / "data", 5, size=4)
-    paths = list_images(folder / "data")
-
-    def main():
-        numbers.append(utils.decode_kept(paths, folder / "data", 3, 4, "training", folder / "cache").tolist())
-
-    def run():
-        numbers.clear()
-        code, _, stderr = call(main)
-        return code, stderr, numbers[0]
-    numbers = []
-    run()
-    return next((folder / "cache").glob("*.npz")), run
+    paths, cache = list_images(folder / "data"), folder / "cache"
+    return of_kept(call, cache, lambda: utils.decode_kept(paths, folder / "data", 3, 4, "training", cache).tolist())
 
 
 TARGETS = {

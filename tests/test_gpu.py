@@ -81,9 +81,7 @@ def pretended(monkeypatch):
             return on_gpu(CrossFlowVampVAE(**train.model_args_of(args)))
 
         monkeypatch.setattr(train, "copy", types.SimpleNamespace(deepcopy=build))     # of a FakeTensor: of another mode
-        lpips = None
-        if with_lpips:
-            lpips = random_lpips(on_gpu)
+        lpips = random_lpips(on_gpu) if with_lpips else None
         trainer = train.Trainer(args, build(), lpips, 3, args.batch_size, None, "")
 
         def backward(loss):
