@@ -45,6 +45,7 @@ from utils import (
     png_is_whole,
     read_image,
     read_json,
+    relative_names,
     run,
     sha256_file,
     with_checksum,
@@ -362,7 +363,7 @@ def main(argv=None):
     summary = out / f"{args.tag}_statistics.csv"
     manifest = Path(args.gen, MANIFEST)                         # of an export: its checkpoint, seed and weights
     manifest = read_json(manifest) if manifest.is_file() else None
-    names = [f.relative_to(args.gen).as_posix() for f in files]
+    names = relative_names(files, args.gen)
     definitions = {**DEFINITIONS, "r0": args.r0}
     workers = args.workers or (cpu_count() if len(files) >= 1000 else 1)
 

@@ -22,7 +22,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -827,6 +826,7 @@ def save_curves(history, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import pandas as pd
     table = pd.DataFrame(history, columns=COLUMNS).astype(float)
     panels = [
         ("loss", {"train_loss": "training", "val_loss": "held out (beta_max)"}),
@@ -859,6 +859,8 @@ def save_curves(history, path):
 
 
 def save_history(history, path):
+    """history.csv. Here, and not at the top, pandas is imported after the first epoch and not before the first step."""
+    import pandas as pd
     with atomic_write(path, "w", newline="") as f:
         pd.DataFrame(history, columns=COLUMNS).to_csv(f, index=False)
 

@@ -150,7 +150,7 @@ def test_fast_decoding_equals_read_image(tmp_path):
     files = list_images(tmp_path)
     assert len(files) == 11
     for path in files:
-        assert np.array_equal(decode_grey(path, path.read_bytes()), read_image(path, 1)), path.name
+        assert np.array_equal(decode_grey(path, Path(path).read_bytes()), read_image(path, 1)), path
     assert decode_grey(tmp_path / "turned.png", (tmp_path / "turned.png").read_bytes()).shape == (24, 20)
 
 

@@ -34,6 +34,7 @@ from utils import (
     decode_images,
     list_images,
     pick_device,
+    relative_names,
     run,
     seeded,
     sha256_file,
@@ -70,11 +71,12 @@ class Classifier(nn.Module):
 def load_classes(folder, size, device):
     """Images (N, 3, size, size) uint8 below a folder of class folders, the number of each one's class, the classes' names."""
     paths = list_images(folder, skip_made_here=True)
-    names = sorted({path.relative_to(folder).parts[0] for path in paths})
-    if any(path.parent == folder for path in paths) or len(names) < 2:
+    parts = [name.split("/") for name in relative_names(paths, folder)]
+    names = sorted({part[0] for part in parts})
+    if any(len(part) == 1 for part in parts) or len(names) < 2:
         raise UserError(f"{folder}: needs a folder of images for each class, two or more")
     images = decode_images(paths, 3, size, f"decoding {folder.name} images").to(device)
-    return images, torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in paths], device=device), names
+    return images, torch.tensor([names.index(part[0]) for part in parts], device=device), names
 
 
 def augment(x, generator):
