@@ -31,12 +31,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
@@ -48,11 +44,14 @@ from utils import (
     atomic_write_all,
     cpu_count,
     plain_text,
+    pyplot,
     read_json,
     run,
     sha256_file,
     writable_folder,
 )
+
+plt = pyplot()
 
 REFERENCE = "real"
 REQUIRED = ("lap_var", "tenengrad", "hf_ratio")

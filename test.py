@@ -90,6 +90,7 @@ from utils import (
     mean_and_covariance,
     my_share,
     plain_text,
+    pyplot,
     read_json,
     run,
     save_png,
@@ -783,17 +784,13 @@ def evaluate(args, model, data, extractor, features):
 # Pictures
 
 def figure(*args, **kwargs):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(*args, constrained_layout=True, **kwargs)
+    return pyplot().subplots(*args, constrained_layout=True, **kwargs)
 
 
 def save_figure(path, fig):
-    import matplotlib.pyplot as plt
     with atomic_write(path) as f:
         fig.savefig(f, format="png", dpi=110)
-    plt.close(fig)
+    pyplot().close(fig)
 
 
 def save_rows(path, title, rows, group=1, headings=None, cell=0.6):

@@ -62,6 +62,7 @@ from utils import (
     my_share,
     name_again,
     process_count,
+    pyplot,
     read_checkpoint,
     remove_temporary_files,
     run,
@@ -823,10 +824,8 @@ def save_images(trainer, held_out, writer):
 
 def save_curves(history, path):
     """curves.png from the rows of history.csv."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import pandas as pd
+    plt = pyplot()
     table = pd.DataFrame(history, columns=COLUMNS).astype(float)
     panels = [
         ("loss", {"train_loss": "training", "val_loss": "held out (beta_max)"}),

@@ -48,7 +48,7 @@ __all__ = [
     "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
     "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
     "DATA_CACHE", "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "relative_names",
-    "read_image", "decode_images", "save_png", "plain_text", "image_grid", "generate_images",
+    "read_image", "decode_images", "save_png", "pyplot", "plain_text", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "load_model", "LatentHealth",
     "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance",
@@ -743,6 +743,24 @@ def generate_images(model, n, batch_size, seed, temperature=1.0, start=0):
             yield to_uint8(model.decode(batch))
     if len(rest):
         yield to_uint8(model.decode(rest))
+
+
+# Fonts with Chinese characters, as Windows, macOS and Linux distributions bring them; Matplotlib's own has none.
+CHINESE_FONTS = ("Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC", "Hiragino Sans GB", "Noto Sans CJK SC",
+                 "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+                 "AR PL UMing CN", "Arial Unicode MS")
+
+
+@functools.cache
+def pyplot():
+    """matplotlib.pyplot that draws into files, Chinese names too wherever the system has a font for them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib import font_manager
+    installed = set(font_manager.get_font_names())
+    plt.rcParams["font.family"] = ["sans-serif", *(font for font in CHINESE_FONTS if font in installed)]
+    return plt
 
 
 def plain_text(text):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ from PIL import Image
 from scipy import stats
 
 import comparison
+import utils
 from comparison import METRICS, Axis, basic_interval, compare, order_names, percentile_interval, read_cache
 from utils import UserError, sha256_file, write_json
 
@@ -499,3 +501,16 @@ def test_png_bytes_are_images():
     data = comparison.render(fig, "png", 50)
     plt.close(fig)
     assert Image.open(io.BytesIO(data)).format == "PNG"
+
+
+@pytest.mark.parametrize("fonts, missing", [(("No such font",), 1), (("No such font", "STIXGeneral"), 0)])
+def test_a_name_that_the_usual_font_lacks_is_drawn_in_one_that_has_it(fonts, missing, monkeypatch):
+    monkeypatch.setattr(utils, "CHINESE_FONTS", fonts)
+    with plt.rc_context(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fig, ax = utils.pyplot.__wrapped__().subplots()
+        ax.set_title("\N{APL FUNCTIONAL SYMBOL I-BEAM}")
+        fig.savefig(io.BytesIO(), format="png")
+        plt.close(fig)
+    assert len([w for w in caught if "missing from font" in str(w.message)]) == missing
+    assert not [w for w in caught if "No such font" in str(w.message)]

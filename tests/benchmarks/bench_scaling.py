@@ -33,7 +33,7 @@ from report import report, take_turns
 
 import train
 from PR_Calculate import manifold_metrics
-from utils import MemoryImages, pick_device
+from utils import MemoryImages, pick_device, pyplot
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"           # told apart by the colour-blind, and by their markers
 PANELS = ("batch", "components", "flow", "images")
@@ -105,10 +105,8 @@ def measure(panel, args, flags, device):
 
 def draw(path, lines, note):
     """The figure of these lines: one panel each, with axes that tell the law of growth."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
+    plt = pyplot()
     results = {}
     for line in lines:
         results.setdefault(line["case"], {}).setdefault(line["curve"], []).append(line)

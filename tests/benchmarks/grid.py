@@ -52,6 +52,7 @@ from utils import (
     list_images,
     load_model,
     mean_and_covariance,
+    pyplot,
     read_image,
     read_json,
     run,
@@ -500,9 +501,7 @@ def markdown(table, records, out):
 
 def save_panels(path, title, panels):
     """A picture of labelled images (H, W, 3), four in a row."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     height = 4 * max(image.shape[0] / image.shape[1] for _, image in panels)                    # inches
@@ -555,9 +554,7 @@ CURVES = {"val_recon": "reconstruction, sum over pixels", "val_kl_raw": "KL, nat
 
 def save_curves(path, out, records):
     """A panel for each of CURVES over the epochs: a colour for each variant, a line for each of its seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     variants = list(dict.fromkeys(r["variant"] for r in records))
     styles = [(colour, dash) for dash in ("-", "--", ":") for colour in plt.get_cmap("tab10").colors]
     fig, axes = plt.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4.5), constrained_layout=True)
