@@ -77,9 +77,10 @@ def to_grey(images):
     if images.ndim == 3:
         return images
     # 0.299, 0.587 and 0.114 in 16-bit fixed point, rounded: what PIL computes, bit for bit.
-    luma = images[..., 0] * np.uint32(19595)
-    luma += images[..., 1] * np.uint32(38470)
-    luma += images[..., 2] * np.uint32(7471)
+    # (The type is named since NumPy 1 would otherwise compute in 16 bits, and overflow.)
+    luma = np.multiply(images[..., 0], 19595, dtype=np.uint32)
+    luma += np.multiply(images[..., 1], 38470, dtype=np.uint32)
+    luma += np.multiply(images[..., 2], 7471, dtype=np.uint32)
     return ((luma + 0x8000) >> 16).astype(np.uint8)
 
 
@@ -294,7 +295,8 @@ def cached_table(cache, fingerprint, definitions, names, digest, skip_corrupt):
     if stored["content_sha256"] != digest():
         return None
     # As text first: Python's float() gives back exactly what was written, which pandas' fast parser may miss by a bit.
-    return pd.read_csv(cache, usecols=list(METRICS), dtype=str)[list(METRICS)].astype(float), known
+    table = pd.read_csv(cache, usecols=list(METRICS), dtype=str, encoding="utf-8", encoding_errors="surrogateescape")
+    return table[list(METRICS)].astype(float), known
 
 
 def write_results(cache, fingerprint, summary, table, record):

@@ -503,7 +503,7 @@ def test_png_bytes_are_images():
     assert Image.open(io.BytesIO(data)).format == "PNG"
 
 
-@pytest.mark.parametrize("fonts, missing", [(("No such font",), 1), (("No such font", "STIXGeneral"), 0)])
+@pytest.mark.parametrize("fonts, missing", [(("No such font",), True), (("No such font", "STIXGeneral"), False)])
 def test_a_name_that_the_usual_font_lacks_is_drawn_in_one_that_has_it(fonts, missing, monkeypatch):
     monkeypatch.setattr(utils, "CHINESE_FONTS", fonts)
     with plt.rc_context(), warnings.catch_warnings(record=True) as caught:
@@ -512,5 +512,5 @@ def test_a_name_that_the_usual_font_lacks_is_drawn_in_one_that_has_it(fonts, mis
         ax.set_title("\N{APL FUNCTIONAL SYMBOL I-BEAM}")
         fig.savefig(io.BytesIO(), format="png")
         plt.close(fig)
-    assert len([w for w in caught if "missing from font" in str(w.message)]) == missing
+    assert any(" missing from " in str(w.message) for w in caught) == missing
     assert not [w for w in caught if "No such font" in str(w.message)]
