@@ -416,6 +416,12 @@ def plain(name, width=22):
     return plain_text("\n".join(lines or [" "]))
 
 
+def plain_names(names, width=22):
+    """The same of several variants: those that look alike without their middle are numbered by their place."""
+    texts = [plain(name, width) for name in names]
+    return [f"{text} ({i})" if texts.count(text) > 1 else text for i, text in enumerate(texts, 1)]
+
+
 def line_count(texts):
     return max(text.count("\n") + 1 for text in texts)
 
@@ -431,7 +437,8 @@ def style_of(names):
 
 def name_rows(ax, samples):
     """One row per variant, the first on top."""
-    ax.set_yticks(range(len(samples)), [f"{plain(name)}\nn = {len(v):,}" for name, v in samples.items()])
+    labels = [f"{name}\nn = {len(v):,}" for name, v in zip(plain_names(samples), samples.values())]
+    ax.set_yticks(range(len(samples)), labels)
     ax.set_ylim(len(samples) - 0.45, -0.55)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
@@ -524,7 +531,7 @@ def difference_figure(metric, names, results, confidence):
     Returns the figure and whether the left is a ratio and the right relative.
     """
     title, unit, _ = METRICS[metric]
-    row_labels, legend_labels = [plain(n, 16) for n in names], [plain(n, 30) for n in names]
+    row_labels, legend_labels = plain_names(names, 16), plain_names(names, 30)
     columns = min(len(names), 3 if max(map(len, names)) <= 16 else 2)
     legend_lines = max(sum(label.count("\n") + 1.2 for label in column) for column in np.array_split(legend_labels, columns))
     height = max(3.6, 1.9 + len(names) * max(0.5, 0.12 + 0.19 * line_count(row_labels)))

@@ -672,8 +672,8 @@ def forward(trainer, x, eps, amp):
 
 def backward(trainer, x, eps, amp):
     """The gradients of one batch -> the TERMS it knows."""
+    trainer.optimizer.zero_grad(set_to_none=True)         # first: their memory serves the forward pass
     terms = objective(trainer.args, *forward(trainer, x, eps, amp), trainer.beta())
-    trainer.optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     return terms
 
@@ -1003,7 +1003,7 @@ def train(stack):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                            # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not args.deterministic   # every step has the same shapes: worth a search, once each
     torch.manual_seed(args.seed)
     if checkpoint is not None and checkpoint["model_args"] != model_args_of(args):
         raise UserError(f"{resumed_from}: its args and its model_args describe two models; not a checkpoint of train.py")

@@ -297,6 +297,9 @@ def test_long_names_keep_both_ends_and_have_room():
         assert all(t.startswith("CrossVampVAE") and t.endswith(n[-4:]) for t, n in zip(texts, names))
     names.append("_begins with an underscore")
     assert comparison.plain("short") == "short" and comparison.plain(" ") == " "
+    alike = [f"one_family_{'x' * 60}{i}{'x' * 60}_end" for i in "ab"]
+    assert comparison.plain(*alike[:1]) == comparison.plain(*alike[1:])
+    assert [t[-8:] for t in comparison.plain_names(["short", *alike])] == ["short", "_end (2)", "_end (3)"]
     x, y = sample(50)[["lap_var"]].to_numpy(), sample(50, seed=1)[["lap_var"]].to_numpy()
     fig, *_ = comparison.difference_figure("lap_var", names, {n: compare(x, y, B=5)[0] for n in names}, 95)
     fig.draw_without_rendering()

@@ -196,6 +196,7 @@ def main():
     flags, _ = train.parse_args(rest)
     flags.in_channels, flags.flip, cuda = 3, True, device.type == "cuda"
     native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    torch.backends.cudnn.benchmark = True                       # as train.py; the plain way has it too
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (50 * args.batch_size, 3, flags.img_size, flags.img_size), np.uint8))
     lpips = None if args.no_lpips else random_lpips(device)
