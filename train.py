@@ -386,7 +386,7 @@ def loss_parts(args, model, lpips, x, out):
         recon = out.recon.float()
         difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
         pixel = difference.sum((1, 2, 3)).mean()
-        perceptual = lpips(recon, x).mean() if lpips else perceptual
+        perceptual = lpips(recon, x).float().mean() if lpips else perceptual
     kl, log_q0, log_det, log_p = (part.mean() for part in model.kl_terms(out))
     usage = model.responsibilities(out).mean(0) if args.balance else None                       # (K,)
     return {"pixel": pixel, "LPIPS": perceptual, "KL_Raw": kl, "log_q0": log_q0, "log_det": log_det, "log_p": log_p}, usage
@@ -648,6 +648,8 @@ def compile_step(trainer, shape, amp):
         x = torch.zeros(shape, device=trainer.device)
         eps = torch.zeros(shape[0], trainer.args.latent_dim, device=trainer.device)
         for _ in range(3):                                # the graphs are recorded at the second or third call
+            # Not to be added to: a gradient lies in the graphs' own memory, which the next step overwrites.
+            trainer.optimizer.zero_grad(set_to_none=True)
             parts, usage = forward(trainer, x, eps, amp)
             sum([*parts.values(), *([] if usage is None else [usage.sum()])]).backward()
         problem = ""
@@ -672,7 +674,8 @@ def forward(trainer, x, eps, amp):
 
 def backward(trainer, x, eps, amp):
     """The gradients of one batch -> the TERMS it knows."""
-    trainer.optimizer.zero_grad(set_to_none=True)         # first: their memory serves the forward pass
+    # First: a CUDA graph's gradients lie in memory that its next forward pass overwrites.
+    trainer.optimizer.zero_grad(set_to_none=True)
     terms = objective(trainer.args, *forward(trainer, x, eps, amp), trainer.beta())
     terms["loss"].backward()
     return terms
@@ -683,7 +686,7 @@ def train_step(trainer, batch, amp):
     Nothing here waits for the device.
 
     Flips and noise depend on (seed, step, position in the global batch) alone, so that a resumed run repeats them,
-    whatever the number of processes.
+    whatever the number of processes. (On the kind of device too: the CPU and CUDA draw other numbers from a seed.)
     """
     args, device = trainer.args, trainer.device
     generator = seeded(device, args.seed, "step", trainer.step)

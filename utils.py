@@ -1197,10 +1197,22 @@ class InceptionFeatures:
         return F.adaptive_avg_pool2d(h, 1).flatten(1).float().cpu()
 
 
+@contextlib.contextmanager
+def no_tf32():
+    """Convolutions in float32 on a GPU too, which otherwise rounds their inputs to 10 bits: whichever script asks, the
+    features and the images are the same."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def extract_features(extractor, batches, total, desc="features", progress=True):
     """Features of an iterable of uint8 batches, `total` images in all -> float32 array (total, dims)."""
     out, n = np.empty((total, extractor.dims), np.float32), 0
-    with tqdm(total=total, desc=desc, unit="img", disable=not progress, leave=False) as bar:
+    with tqdm(total=total, desc=desc, unit="img", disable=not progress, leave=False) as bar, no_tf32():
         for batch in batches:
             out[n:n + len(batch)] = extractor(batch).numpy()
             n += len(batch)

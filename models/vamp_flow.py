@@ -384,11 +384,12 @@ class Decoder(nn.Module):
                 layers += [ResBlock(c) for _ in range(blocks_per_stage)]
                 layers += [SelfAttention2d(c)] if i == 0 else []
             c_in = c
-        self.stages = nn.Sequential(*layers, nn.Conv2d(c_in, out_channels, 3, padding=1), nn.Tanh())
+        self.stages = nn.Sequential(*layers, nn.Conv2d(c_in, out_channels, 3, padding=1))
 
     def forward(self, z):
         """z (B, D) -> image (B, C, H, W) in [-1, 1]."""
-        return self.stages(self.stem(z))
+        h = self.stages(self.stem(z))
+        return torch.tanh(full_precision(h))                    # in bf16 it is 1 from 3.5 on, and without a gradient
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -171,3 +171,20 @@ def test_cached_statistics_are_reused_and_recomputed_when_damaged(tmp_path, caps
         file.write_bytes(file.read_bytes()[:100])             # cut short
     cached_statistics(tmp_path, "key", compute)
     assert len(calls) == 4
+
+
+def test_features_are_the_same_whoever_asks():
+    """On a GPU, TF32 would make those of PR_Calculate.py and train.py others than those of test.py, which is without."""
+    class Extractor:
+        dims = 2
+
+        def __call__(self, images):
+            return torch.tensor([[float(torch.backends.cudnn.allow_tf32), 1.0]]).expand(len(images), -1)
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        features = extract_features(Extractor(), [torch.zeros(3, 3, 4, 4, dtype=torch.uint8)], 3, progress=False)
+        assert features.tolist() == 3 * [[0.0, 1.0]] and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

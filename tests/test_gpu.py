@@ -6,6 +6,7 @@ GPU would make Python wait for the device at every step. The backward pass runs 
 is replaced by gradients of the right shapes.
 """
 import copy
+import functools
 import types
 
 import lpips as lpips_library
@@ -112,11 +113,13 @@ def step(trainer, amp):
 def test_a_step_stays_on_the_device_and_never_waits_for_it(pretended, flags, amp):
     args = flags_of(*flags)
     trainer = pretended(args)
-    seen = []
-    trainer.model.decoder.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    seen, images = [], []
+    trainer.model.decoder.stages.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    trainer.model.decoder.register_forward_hook(lambda _, __, out: images.append(out.dtype))
     for _ in range(2):
         step(trainer, amp)
     assert seen == 2 * [torch.bfloat16 if amp else torch.float32]            # bf16 is really on
+    assert images == 2 * [torch.float32]                                     # but for what it would round away
     assert trainer.step == 2 and trainer.unread.device.type == trainer.first_bad.device.type == "cuda"
     for p in trainer.parameters:                                             # the moments too: a fused update is one kernel
         state = trainer.optimizer.state[p]
@@ -157,6 +160,28 @@ def test_sampling_and_reconstructing_stay_on_the_device(pretended):
         x = train.to_float(batch_of(flags_of(*flags)))
         with torch.no_grad():
             assert model.sample(5).device.type == model.reconstruct(x).device.type == "cuda"
+
+
+def test_every_step_starts_without_gradients(monkeypatch):
+    """A CUDA graph's gradients lie in memory that the next forward pass frees: one that is still there would be added to,
+    which is an error on a GPU, and compile_step takes any error for a compiler that fails."""
+    args = flags_of()
+    model = CrossFlowVampVAE(**train.model_args_of(args))
+    trainer = train.Trainer(args, model, None, 3, args.batch_size, None, "")
+    forward, left = train.forward, []
+
+    def watched(*rest):
+        left.append(sum(p.grad is not None for p in model.parameters()))
+        return forward(*rest)
+
+    monkeypatch.setattr(train, "forward", watched)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: functools.partial(f))
+    model.train()
+    train.compile_step(trainer, (args.batch_size, 3, args.img_size, args.img_size), False)
+    assert trainer.network is not model                                      # it did not give up
+    for _ in range(2):
+        train.train_step(trainer, torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8), False)
+    assert left == 5 * [0]
 
 
 # Those of the variants that change the graph most.

@@ -296,3 +296,14 @@ def test_every_parameter_has_a_gradient():
         out = model(images())
         (model.kl_terms(out).kl.mean() + (out.recon - images()).abs().sum()).backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_saturated_pixels_keep_a_gradient_under_autocast():
+    model = CrossFlowVampVAE(img_size=8, hidden_dims=(8,), latent_dim=4, flow_length=0, num_components=2)
+    last = model.decoder.stages[-1]
+    with torch.no_grad():
+        last.bias.fill_(5.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        image = model.decode(torch.zeros(2, 4))
+    image.sum().backward()
+    assert image.dtype == torch.float32 and image.min() > 0.99 and (last.bias.grad > 0).all()

@@ -57,9 +57,11 @@ class Fast:
     def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled):
         self.trainer, self.amp = make_trainer(args, flags, images, lpips, device, channels_last), amp
         self.data = MemoryImages(images, device)
+        eager = self.trainer.network
         if compiled:
             with contextlib.redirect_stdout(sys.stderr):        # it says that it compiles; standard output is for JSON
                 train.compile_step(self.trainer, (args.batch_size, *images.shape[1:]), amp)
+        self.compiled = self.trainer.network is not eager       # it goes on without where the compiler fails
         self.trainer.model.train()
 
     def run(self, steps):
@@ -167,7 +169,9 @@ def parts_of_step(trainer, lpips, amp):
 
 
 def matrix_rate(device, amp):
-    """Measured TFLOP/s of a large matrix product in the case's precision."""
+    """Measured TFLOP/s of a large matrix product in the case's precision, which for float32 on a GPU is the TF32 of its
+    convolutions."""
+    torch.set_float32_matmul_precision("high")
     n, dtype = (8192, torch.bfloat16 if amp else torch.float32) if device.type == "cuda" else (1536, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = 0.0
@@ -177,6 +181,7 @@ def matrix_rate(device, amp):
         a @ a
         synchronize(device)
         best = max(best, 2 * n ** 3 / (time.perf_counter() - start) / 1e12)
+    torch.set_float32_matmul_precision("highest")
     return best
 
 
@@ -219,6 +224,7 @@ def main():
         rate = count / statistics.median(timing.seconds) * each / 1e3
         report(case, count, timing, device, timings.get("plain") if case != "plain" else None,
                rates=[rounded(count / t) for t in timing.seconds], gflop_each=rounded(each),
+               compiled=getattr(runs[case], "compiled", False),
                matrix_rate_share=rounded(rate / matrix_rate(device, case == "fast" and native)), **about)
     if args.parts:
         amp, layout, _ = settings["fast"]

@@ -7,7 +7,7 @@ ratio_to_plain        how many times faster than the plain way: median over the 
 cpu_us_each           median of all processors' time for one image (or whatever is counted), that of workers which live on
                       left out
 peak_memory_mb        the most that was resident during the work, of this process without its workers, everything it had
-                      loaded before included; on a GPU the most that PyTorch had allocated there
+                      loaded before included; on a GPU the most that PyTorch had reserved there
 plain_...             the same of the plain way, where it was measured
 """
 import contextlib
@@ -54,7 +54,7 @@ def forget_peak(device):
 def peak_mb(device):
     """MB since forget_peak."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+        return torch.cuda.max_memory_reserved(device) / 2 ** 20     # what a CUDA graph's replay uses is never allocated
     unit = 1 if platform.system() == "Darwin" else 1024         # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
