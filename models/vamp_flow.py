@@ -62,10 +62,13 @@ def full_precision(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+# Asked here, once: torch.compile cuts its graph in two where it meets the question (seen with torch 2.4 and 2.11).
+HAVE_AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
 def no_autocast(device_type):
     """Context in which autocast is off, on devices that have none too."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if device_type in HAVE_AUTOCAST else contextlib.nullcontext()
 
 
 def log_normal(z, mu, logvar):
@@ -635,7 +638,8 @@ class CrossFlowVampVAE(nn.Module):
             mu, logvar, context = self.posterior(x)
             mu_k, logvar_k = self._free_prior_params() if prior is None else prior
         out = self.carry(mu, logvar, torch.randn_like(mu) if eps is None else eps, (mu_k, logvar_k), context)
-        return out._replace(recon=self.decode(self.seen_by_decoder(out.z0, out.zK)))
+        # (Not out._replace: torch.compile fails at it in torch 2.11.)
+        return VAEOutput(self.decode(self.seen_by_decoder(out.z0, out.zK)), *out[1:])
 
     def carry(self, mu, logvar, eps, prior=None, context=None):
         """Posteriors (B, D), (B, D) and noise (B, D) -> VAEOutput without recon: all that the KL and the prior need."""
