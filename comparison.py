@@ -582,7 +582,7 @@ def difference_figure(metric, names, results, confidence):
     right.set_xlabel("difference to real (% of real)" if relative else f"difference to real\n({unit})")
     right.set_title("Mean (filled) and median (open)", fontsize=10)
     fig.suptitle(title, fontsize=11)
-    # The texts afterwards: Matplotlib leaves out labels that begin with an underscore, before 3.10 even those it is given.
+    # The texts afterwards: Matplotlib leaves out labels that begin with an underscore, 3.8 even those it is given.
     legend = fig.legend(left.lines[:len(names)], [name.lstrip("_") or "-" for name in legend_labels],
                         loc="outside lower center", frameon=False, handlelength=4, ncols=columns)
     for text, label in zip(legend.get_texts(), legend_labels):

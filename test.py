@@ -89,6 +89,7 @@ from utils import (
     lock_folder,
     mean_and_covariance,
     my_share,
+    no_tf32,
     plain_text,
     pyplot,
     read_json,
@@ -1090,11 +1091,11 @@ def main():
         export_and_measure(args, locks)
 
 
+@no_tf32()                                                      # a GPU's pixels within one grey level of a CPU's
 def export_and_measure(args, locks):
     """locks: an ExitStack that keeps the folders which are written to locked until the end."""
     # -- everything that could be missing later, before anything is written ---------------------------------------
     device = join_processes(args.device)
-    torch.backends.cudnn.allow_tf32 = False                     # a GPU's pixels within one grey level of a CPU's
     model, checkpoint = load_model(args.resume, device, args.weights)
     missing = [k for k in (*DATA_FLAGS, "exp_name", "flip") if k not in checkpoint["args"]]
     if missing:

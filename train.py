@@ -648,8 +648,6 @@ def compile_step(trainer, shape, amp):
         x = torch.zeros(shape, device=trainer.device)
         eps = torch.zeros(shape[0], trainer.args.latent_dim, device=trainer.device)
         for _ in range(3):                                # the graphs are recorded at the second or third call
-            # Not to be added to: a gradient lies in the graphs' own memory, which the next step overwrites.
-            trainer.optimizer.zero_grad(set_to_none=True)
             parts, usage = forward(trainer, x, eps, amp)
             sum([*parts.values(), *([] if usage is None else [usage.sum()])]).backward()
         problem = ""
@@ -665,7 +663,9 @@ def compile_step(trainer, shape, amp):
 
 
 def forward(trainer, x, eps, amp):
-    """loss_parts of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D)."""
+    """loss_parts of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D); lets go of the last step's gradients."""
+    # Before the graphs start again: the gradients lie in their memory, and must not be added to.
+    trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.network is not trainer.model and trainer.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(trainer.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
@@ -674,8 +674,6 @@ def forward(trainer, x, eps, amp):
 
 def backward(trainer, x, eps, amp):
     """The gradients of one batch -> the TERMS it knows."""
-    # First: a CUDA graph's gradients lie in memory that its next forward pass overwrites.
-    trainer.optimizer.zero_grad(set_to_none=True)
     terms = objective(trainer.args, *forward(trainer, x, eps, amp), trainer.beta())
     terms["loss"].backward()
     return terms

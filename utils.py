@@ -51,7 +51,7 @@ __all__ = [
     "read_image", "decode_images", "save_png", "pyplot", "plain_text", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "load_model", "LatentHealth",
-    "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "extract_features", "mean_and_covariance",
+    "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "no_tf32", "extract_features", "mean_and_covariance",
     "frechet_distance",
     "cached_statistics",
 ]

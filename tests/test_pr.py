@@ -485,5 +485,5 @@ def test_missing_weights_without_network_are_named(folders, tmp_path):
     done = run_script("PR_Calculate.py", "--real_dir", folders / "real", "--fake_dir", folders / "fake", "--device", "cpu",
                       "--out", tmp_path / "o.json", env=env)
     assert done.returncode == 2 and "pt_inception-2015-12-05-6726825d.pth" in done.stderr
-    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("Downloading")]    # torch < 2.6 says so
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("Downloading")]    # torch 2.4 says so
     assert len(lines) == 1 and not (tmp_path / "o.json").exists()

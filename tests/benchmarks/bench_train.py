@@ -75,6 +75,7 @@ class Fast:
 
 class Plain:
     """The same network and loss, written the usual way."""
+    compiled = False
 
     def __init__(self, args, flags, images, lpips, device):
         from PIL import Image
@@ -171,7 +172,7 @@ def parts_of_step(trainer, lpips, amp):
 def matrix_rate(device, amp):
     """Measured TFLOP/s of a large matrix product in the case's precision, which for float32 on a GPU is the TF32 of its
     convolutions."""
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = True
     n, dtype = (8192, torch.bfloat16 if amp else torch.float32) if device.type == "cuda" else (1536, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = 0.0
@@ -181,7 +182,7 @@ def matrix_rate(device, amp):
         a @ a
         synchronize(device)
         best = max(best, 2 * n ** 3 / (time.perf_counter() - start) / 1e12)
-    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
     return best
 
 
@@ -224,7 +225,7 @@ def main():
         rate = count / statistics.median(timing.seconds) * each / 1e3
         report(case, count, timing, device, timings.get("plain") if case != "plain" else None,
                rates=[rounded(count / t) for t in timing.seconds], gflop_each=rounded(each),
-               compiled=getattr(runs[case], "compiled", False),
+               compiled=runs[case].compiled,
                matrix_rate_share=rounded(rate / matrix_rate(device, case == "fast" and native)), **about)
     if args.parts:
         amp, layout, _ = settings["fast"]
