@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -145,7 +146,8 @@ def build_parser():
     group = parser.add_argument_group("model")
     group.add_argument("--fit_prior", metavar="PATH", default=None,
                        help="a second stage: encoder and decoder of this checkpoint, frozen; the mixture and a flow of the "
-                            "prior's own are fitted to its posteriors (free_bits and warmup_epochs are then 0 unless given)")
+                            "prior's own are fitted to its posteriors, from those of the checkpoint on if it has them "
+                            "(free_bits and warmup_epochs are then 0 unless given)")
     group.add_argument("--latent_dim", type=int, default=128, help="D")
     group.add_argument("--hidden_dims", type=int, nargs="+", default=[64, 128, 256, 512], help="channels of each stage")
     group.add_argument("--blocks_per_stage", type=int, default=1, help="ResBlocks at each stage")
@@ -319,11 +321,22 @@ def resolve_resume(args, given):
 
 SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "posterior_std",
                            "logvar_clamp")
+# What the first stage's own prior can only be taken over with, beside a flow that is not longer than the new one.
+SHAPE_OF_PRIOR = ("prior", "num_components", "mixture_weights", "flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers",
+                  "flow_mlp_ratio", "scale_bound")
+
+
+class FirstStage(NamedTuple):
+    """What --fit_prior starts from: weights by their names in the model."""
+    frozen: dict                # of the encoder and the decoder
+    prior: dict                 # of the mixture and the flow; empty where these start anew
+    flow_length: int            # layers of that flow
+    note: str                   # for the screen
 
 
 def read_first_stage(args, given):
-    """--fit_prior: the weights to start from, the flags brought into line with them. Ex-post density estimation: Dai &
-    Wipf 2019 (arXiv 1903.05789), Ghosh et al. 2020 (1903.12436)."""
+    """--fit_prior: the FirstStage, the flags brought into line with it. Ex-post density estimation: Dai & Wipf 2019 (arXiv
+    1903.05789), Ghosh et al. 2020 (1903.12436)."""
     checkpoint = read_checkpoint(args.fit_prior)
     first = checkpoint["model_args"]
     if first["flow_length"] and first["decode_from"] == "zK":
@@ -333,6 +346,9 @@ def read_first_stage(args, given):
         if name in given and getattr(args, name) != first[name]:
             raise UserError(f"--{name} {getattr(args, name)}: --fit_prior {args.fit_prior} has {first[name]}")
         setattr(args, name, first[name])
+    if first["flow_length"]:
+        for name in {"flow_length", *SHAPE_OF_PRIOR} - given - {*PRESETS.get(args.preset, ())}:
+            setattr(args, name, first[name])
     if args.flow_length:
         if "decode_from" in given and args.decode_from != "z0":
             raise UserError(f"--decode_from {args.decode_from}: --fit_prior keeps the decoder, which takes z0")
@@ -341,7 +357,16 @@ def read_first_stage(args, given):
     for name in {"free_bits", "warmup_epochs"} - given:
         setattr(args, name, 0.0)
     weights = checkpoint["ema"] or checkpoint["model"]
-    return {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
+    frozen = {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
+    if not first["flow_length"]:
+        return FirstStage(frozen, {}, 0, "from the beginning")
+    other = [name for name in SHAPE_OF_PRIOR if getattr(args, name) != first[name]]
+    other += ["flow_length"] * (args.flow_length < first["flow_length"])
+    if other:
+        differ = ", ".join(f"--{name} {getattr(args, name)} (there {first[name]})" for name in other)
+        return FirstStage(frozen, {}, 0, f"from the beginning, not from the first stage's: {differ}")
+    return FirstStage(frozen, {name: value for name, value in weights.items() if name not in frozen}, first["flow_length"],
+                      f"from the first stage's on, {first['flow_length']} of {args.flow_length} flow layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,6 +455,29 @@ def start_prior(args, model, data):
     images = to_float(data.take(chosen).cpu())
     noise = args.pseudo_noise * torch.randn(images.shape, generator=generator)
     model.init_prior((images + noise).to(next(model.parameters()).device))
+
+
+@torch.no_grad()
+def load_first_stage(model, first):
+    """Put the weights of a FirstStage into the model, whose flow may have more layers.
+
+    The new layers come before the old ones and are the identity but for their permutations, which the first old one's
+    undoes: the density is the first stage's.
+    """
+    state = dict(first.frozen)
+    if first.prior:
+        new = len(model.flow.couplings) - first.flow_length
+        order = torch.arange(model.latent_dim)            # z as it leaves the new layers is z0[:, order]
+        for coupling in model.flow.couplings[:new]:
+            order = order[coupling.perm.cpu()]
+        for name, value in first.prior.items():
+            if name.startswith("flow.couplings."):
+                _, _, layer, rest = name.split(".", 3)
+                value = order.argsort()[value] if (layer, rest) == ("0", "perm") else value
+                name = f"flow.couplings.{int(layer) + new}.{rest}"
+            state[name] = value
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    assert not unexpected, unexpected
 
 
 class PriorFit(torch.nn.Module):
@@ -770,7 +818,9 @@ def evaluate(trainer, lpips, data, stop):
     summary = LatentHealth.together(gather(health)).summary()
     pixel, perceptual = (sum(gather(value)) / n for value in (pixel, perceptual))
     floor = args.free_bits * args.latent_dim
-    loss = pixel + args.lpips_weight * perceptual + args.beta_max * max(summary["kl_raw"] - floor, 0.0)
+    loss = args.beta_max * max(summary["kl_raw"] - floor, 0.0)
+    if not args.fit_prior:                                # which trains on nothing else; the reconstruction stays as it is
+        loss += pixel + args.lpips_weight * perceptual
     return {"val_loss": loss, "val_recon": pixel, "val_lpips": perceptual if lpips else None,
             **{f"val_{k}": summary[k] for k in ("kl_raw", "log_q0", "log_det", "log_p")},
             **{k: summary[k] for k in ("active_units", "effective_components", "dead_components")}}
@@ -1031,12 +1081,14 @@ def train(stack):
 
     # -- model, optimiser, position -------------------------------------------------------------------------------
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    if first_stage:
-        model.load_state_dict(first_stage, strict=False)
     if args.fit_prior:
         model.encoder.requires_grad_(False)
         model.decoder.requires_grad_(False)
-    start_prior(args, model, data)
+    if first_stage:
+        load_first_stage(model, first_stage)
+        print(f"fit_prior   {first_stage.note}")
+    if not (first_stage and first_stage.prior):
+        start_prior(args, model, data)
     trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint)
     if checkpoint is not None:
         trainer.restore(checkpoint, resumed_from)

@@ -20,7 +20,17 @@ from PIL import Image
 
 import train
 from models.vamp_flow import CrossFlowVampVAE, perturb_
-from utils import MemoryImages, UserError, generate_images, hub_file, load_model, save_png, sha256_file, to_float
+from utils import (
+    MemoryImages,
+    UserError,
+    generate_images,
+    hub_file,
+    load_model,
+    save_checkpoint,
+    save_png,
+    sha256_file,
+    to_float,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_dims", "8", "12", "--latent_dim", "4", "--num_components", "5", "--flow_length", "2", "--flow_seq_len", "1",
@@ -680,6 +690,40 @@ def test_second_stage_trains_on_the_posteriors_of_images_and_their_mirror_images
     assert stock.shape == (2, 4, 1 + flip)
     if flip:
         assert not torch.allclose(stock.images[..., 0], stock.images[..., 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("prior", ["vamp", "mog", "standard"])
+def test_second_stage_goes_on_from_the_prior_of_the_first(prior, data, monkeypatch, tmp_path, capsys):
+    """With more layers too, and to the same density; flags that are not given are the first stage's."""
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--lr", 1e-3]
+    own = ["--prior", prior, "--flow_length", 2] + ["--mixture_weights", "learned"] * (prior != "standard")
+    main(monkeypatch, tmp_path, *flags, *own, "--decode_from", "z0", "--exp_name", "first")
+    path = tmp_path / "results/first/last.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    first = CrossFlowVampVAE(**checkpoint["model_args"])
+    perturb_(first, 0.1, torch.Generator().manual_seed(0))
+    save_checkpoint(path, {**checkpoint, "model": first.state_dict(), "ema": first.state_dict()})
+
+    args, given = train.parse_args([*map(str, flags), "--fit_prior", str(path), "--flow_length", "5", "--seed", "1"])
+    stage = train.read_first_stage(args, given)
+    assert (args.prior, args.mixture_weights) == (prior, "uniform" if prior == "standard" else "learned")
+    model = CrossFlowVampVAE(**train.model_args_of(args))
+    train.load_first_stage(model, stage)
+    x = to_float(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)).double()
+    eps = torch.randn(6, args.latent_dim, dtype=torch.float64)
+    with torch.no_grad():
+        found, wanted = (m.double().kl_terms(m(x, eps)) for m in (model, first))
+    for ours, theirs in zip(found, wanted):
+        assert torch.allclose(ours, theirs, atol=1e-9)
+    assert wanted.log_det.std() > 0.01
+
+    capsys.readouterr()
+    main(monkeypatch, tmp_path, *flags, "--fit_prior", path, "--flow_length", 5, "--exp_name", "longer")
+    assert "from the first stage's on, 2 of 5 flow layers" in capsys.readouterr().out
+    row, = history(tmp_path / "results/longer")
+    assert float(row["val_loss"]) == pytest.approx(0.2 * float(row["val_kl_raw"]))             # as train_loss: the prior alone
+    main(monkeypatch, tmp_path, *flags, "--fit_prior", path, "--flow_embed_dim", 16, "--exp_name", "other")
+    assert "from the beginning, not from the first stage's: --flow_embed_dim 16 (there 8)" in capsys.readouterr().out
 
 
 def test_second_stage_refuses_what_it_cannot_continue(data, monkeypatch, tmp_path):
