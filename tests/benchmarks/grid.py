@@ -469,7 +469,8 @@ def markdown(table, records, out):
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "Mean ± standard deviation over the seeds (N - 1; from two or three seeds it is itself uncertain). Held-out "
               "images and EMA weights at the end of the training, columns as in history.csv (a val_loss without LPIPS lacks "
-              "that term). Pixel FD: Fréchet distance to the held-out images in their pixels "
+              "that term, one with --fit_prior is the prior's alone). Pixel FD: Fréchet distance to the held-out images in "
+              "their pixels "
               f"(reduced to {PIXELS} a side): means and covariances of colours, contrast and coarse shapes, no content. "
               "sharpness / real: mean Laplacian variance of the samples over that of the held-out images. Seconds "
               "of the wall clock, start and validation included."]
