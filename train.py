@@ -359,14 +359,14 @@ def read_first_stage(args, given):
     weights = checkpoint["ema"] or checkpoint["model"]
     frozen = {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
     if not first["flow_length"]:
-        return FirstStage(frozen, {}, 0, "from the beginning")
+        return FirstStage(frozen, {}, 0, "the prior starts anew")
     other = [name for name in SHAPE_OF_PRIOR if getattr(args, name) != first[name]]
     other += ["flow_length"] * (args.flow_length < first["flow_length"])
     if other:
         differ = ", ".join(f"--{name} {getattr(args, name)} (there {first[name]})" for name in other)
-        return FirstStage(frozen, {}, 0, f"from the beginning, not from the first stage's: {differ}")
+        return FirstStage(frozen, {}, 0, f"the prior starts anew, not from the first stage's: {differ}")
     return FirstStage(frozen, {name: value for name, value in weights.items() if name not in frozen}, first["flow_length"],
-                      f"from the first stage's on, {first['flow_length']} of {args.flow_length} flow layers")
+                      f"the prior goes on from the first stage's, {first['flow_length']} of {args.flow_length} flow layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1012,6 +1012,7 @@ def print_plan(args, trainer, data, held_out, amp):
     lpips = "no LPIPS"
     if args.lpips_net != "none":
         lpips = f"{args.lpips_weight:g} LPIPS-{args.lpips_net} ({weights_title(LPIPS_FILES[args.lpips_net], trainer.lpips_id)})"
+    reconstruction = "" if args.fit_prior else f"{args.recon_loss} + {lpips} + "
     print(f"""\
 run         {trainer.folder} (seed {args.seed})
 data        {args.dataset}: {len(data):,} training images, {n_val:,} for validation, {'x'.join(map(str, data.shape))}, \
@@ -1019,8 +1020,8 @@ kept on {kept}, flips {'on' if args.flip else 'off'}
 model       {sum(parts.values()) / 1e6:.2f} M parameters: {', '.join(f'{k} {v / 1e6:.2f}' for k, v in parts.items() if v)}
 prior       {args.prior}{f', {model.num_components} components' if args.prior != 'standard' else ''}; flow \
 {f'of {args.flow_length} layers, prior {args.flow_prior}, context {args.flow_context}' if args.flow_length else 'off'}
-loss        {args.recon_loss} + {lpips} \
-+ beta max(KL - {args.free_bits * args.latent_dim:g}, 0), beta to {args.beta_max:g} over {args.warmup_epochs:g} epochs
+loss        {reconstruction}beta max(KL - {args.free_bits * args.latent_dim:g}, 0), \
+beta to {args.beta_max:g} over {args.warmup_epochs:g} epochs
 training    {args.epochs} epochs of {steps} steps of {trainer.batch_size} images\
 {f' ({left_out} images, others each time, left out of an epoch)' if left_out else ''}
 device      {device} ({name}), {', '.join(options)}, torch {torch.__version__}

@@ -719,11 +719,12 @@ def test_second_stage_goes_on_from_the_prior_of_the_first(prior, data, monkeypat
 
     capsys.readouterr()
     main(monkeypatch, tmp_path, *flags, "--fit_prior", path, "--flow_length", 5, "--exp_name", "longer")
-    assert "from the first stage's on, 2 of 5 flow layers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "goes on from the first stage's, 2 of 5 flow layers" in said and "loss        beta max(" in said
     row, = history(tmp_path / "results/longer")
     assert float(row["val_loss"]) == pytest.approx(0.2 * float(row["val_kl_raw"]))             # as train_loss: the prior alone
     main(monkeypatch, tmp_path, *flags, "--fit_prior", path, "--flow_embed_dim", 16, "--exp_name", "other")
-    assert "from the beginning, not from the first stage's: --flow_embed_dim 16 (there 8)" in capsys.readouterr().out
+    assert "starts anew, not from the first stage's: --flow_embed_dim 16 (there 8)" in capsys.readouterr().out
 
 
 def test_second_stage_refuses_what_it_cannot_continue(data, monkeypatch, tmp_path):
