@@ -319,6 +319,9 @@ def resolve_resume(args, given):
     return checkpoint, path
 
 
+# Unless given: its images, and what the held-out reconstruction is measured with.
+TAKEN_FROM_FIRST_STAGE = ("dataset", "data_dir", "split_seed", "flip", "recon_loss", "lpips_net", "lpips_weight",
+                          "lpips_linear")
 SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "posterior_std",
                            "logvar_clamp")
 # What the first stage's own prior can only be taken over with, beside a flow that is not longer than the new one.
@@ -338,6 +341,7 @@ def read_first_stage(args, given):
     """--fit_prior: the FirstStage, the flags brought into line with it. Ex-post density estimation: Dai & Wipf 2019 (arXiv
     1903.05789), Ghosh et al. 2020 (1903.12436)."""
     checkpoint = read_checkpoint(args.fit_prior)
+    check_saved_flags(build_parser(), checkpoint["args"], args.fit_prior)
     first = checkpoint["model_args"]
     if first["flow_length"] and first["decode_from"] == "zK":
         raise UserError(f"--fit_prior {args.fit_prior}: its decoder takes what its flow makes; the first stage needs "
@@ -346,6 +350,8 @@ def read_first_stage(args, given):
         if name in given and getattr(args, name) != first[name]:
             raise UserError(f"--{name} {getattr(args, name)}: --fit_prior {args.fit_prior} has {first[name]}")
         setattr(args, name, first[name])
+    for name in set(TAKEN_FROM_FIRST_STAGE) - given - ({"data_dir"} if "dataset" in given else set()):
+        setattr(args, name, checkpoint["args"].get(name, getattr(args, name)))
     if first["flow_length"]:
         for name in {"flow_length", *SHAPE_OF_PRIOR} - given - {*PRESETS.get(args.preset, ())}:
             setattr(args, name, first[name])
@@ -1037,9 +1043,9 @@ def train(stack):
     # -- flags, data, everything that could be missing later ------------------------------------------------------
     args, given = parse_args()
     checkpoint, resumed_from = resolve_resume(args, given)
+    first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
     if args.flip is None:
         args.flip = args.dataset != "digits"
-    first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
     args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
     args.eval_batch_size = args.eval_batch_size or images_at_a_time(args.img_size)
     check_flags(args, given)

@@ -727,6 +727,27 @@ def test_second_stage_goes_on_from_the_prior_of_the_first(prior, data, monkeypat
     assert "starts anew, not from the first stage's: --flow_embed_dim 16 (there 8)" in capsys.readouterr().out
 
 
+def test_second_stage_takes_data_and_measure_from_the_first(data, monkeypatch, tmp_path):
+    """Else it would ask for LPIPS weights that it does not train with, or fit the prior to other images."""
+    main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--flow_length", 0, "--no-flip",
+         "--recon_loss", "mse", "--exp_name", "first")
+    path = str(tmp_path / "results/first/last.pth")
+    first = torch.load(path, weights_only=True)["args"]
+    names = ("dataset", "data_dir", "flip", "recon_loss", "lpips_net")
+
+    def taken(*flags):
+        args, given = train.parse_args(["--fit_prior", path, *flags])
+        train.read_first_stage(args, given)
+        return {name: getattr(args, name) for name in names}
+    assert taken() == {name: first[name] for name in names} and first["dataset"] == "folder" and first["flip"] is False
+    assert taken("--flip", "--lpips_net", "alex", "--data_dir", "x") == {**taken(), "flip": True, "lpips_net": "alex",
+                                                                         "data_dir": "x"}
+    assert taken("--dataset", "cifar10") == {**taken(), "dataset": "cifar10", "data_dir": "./data"}
+    main(monkeypatch, tmp_path, "--fit_prior", path, "--flow_seq_len", 1, "--flow_length", 1, "--fid_every", 0, "--epochs", 1,
+         "--device", "cpu", "--no-tensorboard", "--exp_name", "second")
+    assert len(history(tmp_path / "results/second")) == 1
+
+
 def test_second_stage_refuses_what_it_cannot_continue(data, monkeypatch, tmp_path):
     flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1]
     main(monkeypatch, tmp_path, *flags, "--exp_name", "first")
