@@ -93,10 +93,11 @@ PRESETS = {"best": dict(decode_from="z0", prior="mog", mixture_weights="learned"
 
 # Flags that may differ when a run is resumed; the rest define the result, and a different value is refused by name.
 MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite", "stop_epoch", "demo", "threads", "amp",
-              "compile", "channels_last", "deterministic", "num_workers", "tensorboard", "sample_every", "grid_images",
-              "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep", "check_every", "data_cache"}
+              "compile", "cuda_graph", "channels_last", "deterministic", "num_workers", "tensorboard", "sample_every",
+              "grid_images", "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep", "check_every", "data_cache"}
 # Of these, what a resumed run does not take over from the checkpoint.
-NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "channels_last", "resume", "overwrite", "stop_epoch", "demo"}
+NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "cuda_graph", "channels_last", "resume", "overwrite",
+                 "stop_epoch", "demo"}
 
 TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "balance", "under_floor",
          "grad_norm", "skipped")
@@ -129,8 +130,10 @@ def build_parser():
                        help="CPU threads, 0 = PyTorch's choice (1 is fastest for very small models)")
     group.add_argument("--amp", choices=("auto", "bf16", "none"), default="auto",
                        help="autocast; auto: bf16 on a CUDA GPU that has it, else none")
-    group.add_argument("--compile", action=switch, default=None,
-                       help="torch.compile, with CUDA graphs on a GPU (default: on CUDA only)")
+    group.add_argument("--compile", action=switch, default=None, help="torch.compile (default: on CUDA only)")
+    group.add_argument("--cuda_graph", action=switch, default=None,
+                       help="a training step as one CUDA graph, so that Python does not set the pace (default: on CUDA, one "
+                            "process)")
     group.add_argument("--channels_last", action=switch, default=None,
                        help="memory layout of the convolutions (default: on CUDA only)")
     group.add_argument("--deterministic", action="store_true",
@@ -523,10 +526,19 @@ def same_kind(a, b):
     return type(a) is type(b) or (type(a), type(b)) == (int, float)
 
 
+class Now(NamedTuple):
+    """What changes from step to step: numbers, or tensors of one number where a CUDA graph reads them."""
+    beta: float
+    lr: float
+    ema_share: float            # of the weights in their moving average
+    step: int                   # from 1
+
+
 class Trainer:
     """Weights, optimiser, schedule, history and position of one training run.
 
     network and criterion are what a training step calls: the model and its loss, compiled and distributed where asked.
+    graph is the StepGraph that does the whole of it, if there is one.
     """
 
     def __init__(self, args, model, lpips, steps_per_epoch, batch_size, folder, data_id):
@@ -534,7 +546,7 @@ class Trainer:
         self.lpips_id = lpips.sha256 if lpips else None
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.device = next(model.parameters()).device
-        self.network, self.criterion = model, functools.partial(loss_parts, args, model, lpips)
+        self.network, self.criterion, self.graph = model, functools.partial(loss_parts, args, model, lpips), None
         self.epoch, self.step, self.best_fid, self.history = 0, 0, math.inf, []
         self.ema = copy.deepcopy(model).eval().requires_grad_(False) if args.ema_decay else None
         self.fused = self.device.type in ("cuda", "cpu")
@@ -560,9 +572,15 @@ class Trainer:
         progress = self.step / self.steps_per_epoch / self.args.warmup_epochs if self.args.warmup_epochs else 1.0
         return self.args.beta_max * min(progress, 1.0)
 
+    def now(self):
+        """Of the step that comes next."""
+        step = self.step + 1
+        return Now(self.beta(), self.optimizer.param_groups[0]["lr"],
+                   1 - min(self.args.ema_decay, (1 + step) / (10 + step)), step)
+
     @torch.no_grad()
-    def update_weights(self, norm):
-        """Optimiser, schedule, projection and EMA; True (on the device) where --skip_grad_norm leaves the step out."""
+    def update_weights(self, norm, ema_share):
+        """Optimiser, projection and EMA; True (on the device) where --skip_grad_norm leaves the step out."""
         skipped = ~(norm <= (self.args.skip_grad_norm or math.inf))
         if self.args.skip_grad_norm:
             if self.fused:                                # the kernels look at the flag: nothing waits for the device
@@ -572,20 +590,20 @@ class Trainer:
                 self.optimizer.step()
         else:
             self.optimizer.step()
-        self.scheduler.step()
         self.model.project_()
-        self.step += 1
         if self.ema is not None:
-            decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+            # (Not _foreach_lerp_, which takes no weight from the device.)
+            difference = torch._foreach_sub(self.parameters, self.averages)
+            torch._foreach_mul_(difference, ema_share)
+            torch._foreach_add_(self.averages, difference)
         return skipped
 
     @torch.no_grad()
-    def count(self, terms):
+    def count(self, terms, step):
         """Add a step's terms to the sums, on the device."""
         values = torch.stack([terms[name].detach().float() for name in TERMS])
         self.unread += values
-        self.first_bad = torch.where((self.first_bad == 0) & ~values.isfinite(), self.step, self.first_bad)
+        self.first_bad.copy_(torch.where((self.first_bad == 0) & ~values.isfinite(), step, self.first_bad))
 
     def read(self):
         """Bring the sums up to date over all processes, which waits for the device.
@@ -688,25 +706,18 @@ class Trainer:
             self.best_fid = math.inf if found is None else min(found, self.best_fid)
 
 
-def compile_step(trainer, shape, amp):
-    """torch.compile for network and criterion, tried on blank images of a batch's shape; eager if that fails.
-
-    The weights stay as they are. On a GPU the kernels are replayed as CUDA graphs, so that Python no longer sets the pace.
-    """
+def compile_step(trainer, batch, amp):
+    """torch.compile for network and criterion, tried on a blank batch; eager if that fails. The weights stay as they are."""
     print("compiling   (up to a minute or two; --no-compile starts at once)", flush=True)
     start, eager = time.monotonic(), (trainer.network, trainer.criterion)
-    mode = "reduce-overhead" if trainer.device.type == "cuda" else "default"
+    # Where no StepGraph is to hold the whole step, the compiler's own CUDA graphs hold its parts.
+    mode = "reduce-overhead" if trainer.device.type == "cuda" and not trainer.args.cuda_graph else "default"
     try:
         trainer.network, trainer.criterion = (torch.compile(f, mode=mode, dynamic=False) for f in eager)
-        trainer.model.train()                             # as the steps do, or the first of them would compile it again
-        x = torch.zeros(shape, device=trainer.device)
-        eps = torch.zeros(shape[0], trainer.args.latent_dim, device=trainer.device)
-        for _ in range(3):                                # the graphs are recorded at the second or third call
-            parts, usage = forward(trainer, x, eps, amp)
-            sum([*parts.values(), *([] if usage is None else [usage.sum()])]).backward()
+        warm_up(trainer, batch, amp)
         problem = ""
     except Exception as e:                                # a compiler can fail in any way; training need not
-        problem = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+        problem = one_line(e)
     problem = max(gather(problem))                        # all processes compile, or none
     if problem:
         trainer.network, trainer.criterion = eager
@@ -716,9 +727,85 @@ def compile_step(trainer, shape, amp):
     trainer.optimizer.zero_grad(set_to_none=True)
 
 
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+
+
+def warm_up(trainer, batch, amp):
+    """Forward and backward passes of a blank batch, without an update: kernels are chosen and compiled at the first of them,
+    and the compiler's own CUDA graphs are recorded at the second or third."""
+    trainer.model.train()                                 # as the steps do, or the first of them would compile it again
+    x = prepared(batch, None)
+    eps = torch.zeros(len(x), trainer.args.latent_dim, device=trainer.device)
+    for _ in range(3):
+        parts, usage = forward(trainer, x, eps, amp)
+        sum([*parts.values(), *([] if usage is None else [usage.sum()])]).backward()
+
+
+class StepGraph:
+    """A whole training step, optimiser and EMA included, recorded as one CUDA graph: its thousands of kernels start each
+    other, and Python only says what changes. Recorded on a blank batch; the weights stay as they are.
+
+    PyTorch's documentation calls it whole-network capture. Gradients and everything between lie in the graph's own memory.
+    """
+
+    def __init__(self, trainer, batch, amp):
+        args, device, n = trainer.args, trainer.device, len(batch)
+        self.batch, self.eps = batch, torch.zeros(n, args.latent_dim, device=device)
+        self.flipped = torch.zeros(n, 1, 1, 1, dtype=torch.bool, device=device) if args.flip else None
+        self.now = Now(*torch.zeros(len(Now._fields), device=device).unbind())
+        for p in trainer.parameters:                      # recorded, their creation would clear them at every step
+            if not trainer.optimizer.state[p]:
+                trainer.optimizer.state[p].update(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p),
+                                                  exp_avg_sq=torch.zeros_like(p))
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            warm_up(trainer, batch, amp)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        groups = [dict(group) for group in trainer.optimizer.param_groups]
+        try:
+            for group in trainer.optimizer.param_groups:
+                group.update(lr=self.now.lr, capturable=True)
+            with torch.cuda.graph(self.graph):
+                whole_step(trainer, self.batch, self.flipped, self.eps, self.now, amp)
+        finally:
+            for group, before in zip(trainer.optimizer.param_groups, groups):
+                group.update(before)
+
+    def __call__(self, batch, flipped, eps, now):
+        self.batch.copy_(batch)
+        self.eps.copy_(eps)
+        if self.flipped is not None:
+            self.flipped.copy_(flipped)
+        for kept, value in zip(self.now, now):
+            kept.fill_(value)
+        self.graph.replay()
+
+
+def record_step(trainer, batch, amp):
+    """Let a StepGraph do the steps; without one, more slowly, if that fails."""
+    start = time.monotonic()
+    try:
+        trainer.graph = StepGraph(trainer, batch, amp)
+        print(f"CUDA graph  recorded in {time.monotonic() - start:.0f} s")
+    except Exception as e:                                # as for the compiler
+        trainer.optimizer.zero_grad(set_to_none=True)
+        print(f"note: no CUDA graph can be recorded here ({one_line(e)}); going on without it")
+
+
+def prepared(batch, flipped):
+    """What the network takes of a batch, uint8 images (B, C, H, W) or posteriors as encode_all leaves them; those for which
+    flipped (B, 1, 1, 1) holds are mirrored."""
+    x = to_float(batch) if batch.dtype == torch.uint8 else batch
+    return x if flipped is None else torch.where(flipped, x.flip(3), x)
+
+
 def forward(trainer, x, eps, amp):
     """loss_parts of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D); lets go of the last step's gradients."""
-    # Before the graphs start again: the gradients lie in their memory, and must not be added to.
+    # Before the compiler's graphs start again: the gradients lie in their memory, and must not be added to.
     trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.network is not trainer.model and trainer.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
@@ -726,16 +813,25 @@ def forward(trainer, x, eps, amp):
         return trainer.criterion(x, trainer.network(x, eps))
 
 
-def backward(trainer, x, eps, amp):
+def backward(trainer, x, eps, amp, beta):
     """The gradients of one batch -> the TERMS it knows."""
-    terms = objective(trainer.args, *forward(trainer, x, eps, amp), trainer.beta())
+    terms = objective(trainer.args, *forward(trainer, x, eps, amp), beta)
     terms["loss"].backward()
     return terms
 
 
+def whole_step(trainer, batch, flipped, eps, now, amp):
+    """All that the device does in a training step. Nothing here waits for it."""
+    terms = backward(trainer, prepared(batch, flipped), eps, amp, now.beta)
+    norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.args.grad_clip or math.inf)
+    skipped = trainer.update_weights(norm, now.ema_share)
+    if trainer.args.skip_grad_norm:                       # counted, instead of spoiling the mean
+        norm = torch.where(skipped, 0.0, norm)
+    trainer.count(terms | {"grad_norm": norm, "skipped": skipped}, now.step)
+
+
 def train_step(trainer, batch, amp):
-    """One optimiser step on this process's share of a batch, uint8 (B, C, H, W), or posteriors as encode_all leaves them.
-    Nothing here waits for the device.
+    """One optimiser step on this process's share of a batch, as prepared() takes it.
 
     Flips and noise depend on (seed, step, position in the global batch) alone, so that a resumed run repeats them,
     whatever the number of processes. (On the kind of device too: the CPU and CUDA draw other numbers from a seed.)
@@ -743,17 +839,14 @@ def train_step(trainer, batch, amp):
     args, device = trainer.args, trainer.device
     generator = seeded(device, args.seed, "step", trainer.step)
     n, mine = trainer.batch_size, my_share(trainer.batch_size)
-    x = to_float(batch) if batch.dtype == torch.uint8 else batch
-    if args.flip:
-        flipped = torch.rand(n, 1, 1, 1, generator=generator, device=device)[mine] < 0.5
-        x = torch.where(flipped, x.flip(3), x)
+    flipped = torch.rand(n, 1, 1, 1, generator=generator, device=device)[mine] < 0.5 if args.flip else None
     eps = torch.randn(n, args.latent_dim, generator=generator, device=device)[mine]
-    terms = backward(trainer, x, eps, amp)
-    norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, args.grad_clip or math.inf)
-    skipped = trainer.update_weights(norm)
-    if args.skip_grad_norm:                               # counted, instead of spoiling the mean
-        norm = torch.where(skipped, 0.0, norm)
-    trainer.count(terms | {"grad_norm": norm, "skipped": skipped})
+    if trainer.graph:
+        trainer.graph(batch, flipped, eps, trainer.now())
+    else:
+        whole_step(trainer, batch, flipped, eps, trainer.now(), amp)
+    trainer.scheduler.step()
+    trainer.step += 1
 
 
 def train_epoch(trainer, data, amp, stop):
@@ -1014,7 +1107,7 @@ def print_plan(args, trainer, data, held_out, amp):
     n_val = min(args.val_images or len(held_out), len(held_out))
     fid = f"every {args.fid_every} epochs, {args.fid_samples:,} samples" if args.fid_every else "off"
     options = [f"{process_count()} processes"] * (process_count() > 1) + ["bf16 autocast" if amp else "float32"]
-    options += [text for text in ("channels_last", "compile", "deterministic") if getattr(args, text)]
+    options += [text for text in ("channels_last", "compile", "cuda_graph", "deterministic") if getattr(args, text)]
     lpips = "no LPIPS"
     if args.lpips_net != "none":
         lpips = f"{args.lpips_weight:g} LPIPS-{args.lpips_net} ({weights_title(LPIPS_FILES[args.lpips_net], trainer.lpips_id)})"
@@ -1056,8 +1149,9 @@ def train(stack):
         raise UserError("--amp bf16: not supported on MPS")
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
     amp = args.amp == "bf16" or (args.amp == "auto" and native)
-    args.compile, args.channels_last = (device.type == "cuda" if on is None else on
-                                        for on in (args.compile, args.channels_last))
+    args.compile, args.channels_last, args.cuda_graph = (device.type == "cuda" if on is None else on for on in (
+        args.compile, args.channels_last, args.cuda_graph))
+    args.cuda_graph = args.cuda_graph and device.type == "cuda" and process_count() == 1
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                            # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)
@@ -1114,8 +1208,12 @@ def train(stack):
     if args.fit_prior:
         trainer.network, stock = PriorFit(model), encode_all(args, model, data, device)
     stop = StopRequest()
+    blank = torch.zeros(batch_size // process_count(), *stock.shape, device=device,
+                        dtype=torch.float32 if args.fit_prior else torch.uint8)
     if args.compile:
-        compile_step(trainer, (batch_size // process_count(), *stock.shape), amp)
+        compile_step(trainer, blank, amp)
+    if args.cuda_graph:
+        record_step(trainer, blank, amp)
     if process_count() > 1:
         trainer.network = torch.nn.parallel.DistributedDataParallel(
             trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,

@@ -5,6 +5,7 @@ pretended CUDA device fails there if it mixes devices, or if it asks for a value
 GPU would make Python wait for the device at every step. The backward pass runs in PyTorch's own C++ and needs a device; it
 is replaced by gradients of the right shapes.
 """
+import contextlib
 import copy
 import functools
 import types
@@ -110,8 +111,15 @@ def batch_of(args):
 
 
 def step(trainer, amp):
+    """A step of Python's, and one as a CUDA graph records it, which reads from the device what changes from step to step."""
+    args = trainer.args
     with NoCopiesToCPU():                                                    # sampling may copy: its draws are the CPU's
-        train.train_step(trainer, batch_of(trainer.args), amp)
+        train.train_step(trainer, batch_of(args), amp)
+        now = train.Now(*torch.zeros(len(train.Now._fields), device="cuda").unbind())
+        for group in trainer.optimizer.param_groups:
+            group["capturable"] = True                                       # (PyTorch cannot pretend a lr on the device)
+        flipped = torch.zeros(args.batch_size, 1, 1, 1, dtype=torch.bool, device="cuda") if args.flip else None
+        train.whole_step(trainer, batch_of(args), flipped, torch.zeros(args.batch_size, args.latent_dim), now, amp)
 
 
 @pytest.mark.parametrize("flags, amp", [*((flags, True) for flags in VARIANTS), ((), False)])
@@ -121,11 +129,10 @@ def test_a_step_stays_on_the_device_and_never_waits_for_it(pretended, flags, amp
     seen, images = [], []
     trainer.model.decoder.stages.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     trainer.model.decoder.register_forward_hook(lambda _, __, out: images.append(out.dtype))
-    for _ in range(2):
-        step(trainer, amp)
+    step(trainer, amp)
     assert seen == 2 * [torch.bfloat16 if amp else torch.float32]            # bf16 is really on
     assert images == 2 * [torch.float32]                                     # but for what it would round away
-    assert trainer.step == 2 and trainer.unread.device.type == trainer.first_bad.device.type == "cuda"
+    assert trainer.step == 1 and trainer.unread.device.type == trainer.first_bad.device.type == "cuda"
     for p in trainer.parameters:                                             # the moments too: a fused update is one kernel
         state = trainer.optimizer.state[p]
         assert {v.device.type for v in state.values()} == {"cuda"} and state["exp_avg"].dtype == torch.float32
@@ -177,11 +184,93 @@ def test_every_step_starts_without_gradients(monkeypatch):
     model.register_forward_pre_hook(lambda *_: left.append(sum(p.grad is not None for p in model.parameters())))
     monkeypatch.setattr(torch, "compile", lambda f, **_: functools.partial(f))
     model.train()
-    train.compile_step(trainer, (args.batch_size, 3, args.img_size, args.img_size), False)
+    train.compile_step(trainer, torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8), False)
     assert trainer.network is not model                                      # it did not give up
     for _ in range(2):
         train.train_step(trainer, torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8), False)
     assert left == 5 * [0]
+
+
+@pytest.fixture
+def pretended_recording(monkeypatch):
+    """StepGraph without a GPU: recording keeps what was called with which tensors, replaying calls it again. As on a GPU, what
+    the tensors hold by then counts, and Python's numbers are those of the recording."""
+    class Recording:
+        def replay(self):
+            groups = self.call[0].optimizer.param_groups
+            before = [dict(group) for group in groups]
+            for group, lr in zip(groups, self.lr):
+                group["lr"] = lr
+            self.work(*self.call)
+            for group, kept in zip(groups, before):
+                group.update(kept)
+
+    class Stream:
+        wait_stream = staticmethod(lambda _: None)
+
+    @contextlib.contextmanager
+    def graph(recording):
+        def record(*call):
+            recording.call, recording.lr = call, [group["lr"] for group in call[0].optimizer.param_groups]
+            assert all(group["capturable"] for group in call[0].optimizer.param_groups)
+
+        recording.work = train.whole_step
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "whole_step", record)
+            yield
+
+    for name, value in (("Stream", lambda _: Stream), ("current_stream", lambda _: Stream), ("CUDAGraph", Recording),
+                        ("stream", lambda _: contextlib.nullcontext()), ("graph", graph)):
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("flags", [*VARIANTS, ("--flip", "--grad_clip", "0.5"), ("--no-flip", "--warmup_epochs", "1")],
+                         ids=" ".join)
+def test_a_recorded_step_is_the_step(request, monkeypatch, flags, device):
+    if device == "pretended":
+        request.getfixturevalue("pretended_recording")
+        device = "cpu"
+    else:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    args = flags_of(*flags)
+    args.warmup_epochs, args.ema_decay = 1.0, 0.5 * (args.ema_decay > 0)     # beta and the EMA's share change from step to step
+    shape = (args.batch_size, 3, args.img_size, args.img_size)
+    batches = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def trained(recorded):
+        torch.manual_seed(0)
+        model = perturb_(CrossFlowVampVAE(**train.model_args_of(args)), 0.05, torch.Generator().manual_seed(0)).to(device)
+        trainer = train.Trainer(args, model, None, 3, args.batch_size, None, "")
+        before = [p.clone() for p in model.parameters()]
+        if recorded:
+            train.record_step(trainer, torch.zeros_like(batches[0]), False)
+            assert trainer.graph is not None                                 # it did not give up
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+        for batch in batches:
+            train.train_step(trainer, batch, False)
+        assert trainer.step == 3 and not any(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), before))
+        return trainer
+
+    eager, recorded = trained(False), trained(True)
+    for name in ("parameters", "averages"):
+        for a, b in zip(getattr(eager, name), getattr(recorded, name)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)           # the learning rate is float32 there
+    torch.testing.assert_close(eager.unread, recorded.unread, rtol=1e-5, atol=1e-4)
+    assert eager.state()["scheduler"] == recorded.state()["scheduler"]
+    assert eager.state()["optimizer"]["param_groups"] == recorded.state()["optimizer"]["param_groups"]
+
+
+def test_no_recording_is_a_note(capsys):
+    """On a machine without CUDA recording fails, and the steps go on without."""
+    args = flags_of()
+    trainer = train.Trainer(args, CrossFlowVampVAE(**train.model_args_of(args)), None, 3, args.batch_size, None, "")
+    batch = torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8)
+    train.record_step(trainer, batch, False)
+    assert trainer.graph is None and capsys.readouterr().out.startswith("note: no CUDA graph can be recorded here (")
+    train.train_step(trainer, batch, False)
+    assert trainer.step == 1 and trainer.unread.isfinite().all()
 
 
 # Those of the variants that change the graph most.

@@ -9,14 +9,18 @@ Cases
              Python loop; losses read at every step for a progress bar
     eager    train.py's step with --no-compile --no-channels_last --amp none
     layout   the same with --channels_last
-    fast     the flags that train.py chooses on this device (bf16, channels_last and compile on a GPU)
+    fast     the flags that train.py chooses on this device (bf16, channels_last, compile and cuda_graph on a GPU)
+    no_graph    the same with --no-cuda_graph
+    no_compile  the same with --no-compile
     compile  float32 with --channels_last --compile
 
 One JSON line for each case (report.py says what stands in it), with the share of the device's measured matrix rate that the
 counted operations come to. --parts: a line for each part of a step, forward and backward by itself, not compiled, with the
-precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the share of the time of each of
-the 25 longest operations. LPIPS has the network of VGG16 with random weights: the arithmetic is the same, and nothing is
-downloaded. The images are random: their content changes no speed. Flags of train.py (--hidden_dims, ...) are taken too.
+precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the longest operations (on a GPU
+its kernels): each one's share of the time of all, how often a step has it, and the share of the wall clock in which any ran
+(busy; more than 1 where several run at once). LPIPS has the network of VGG16 with random weights: the arithmetic is the
+same, and nothing is downloaded. The images are random: their content changes no speed. Flags of train.py (--hidden_dims, ...)
+are taken too.
 """
 import argparse
 import contextlib
@@ -31,6 +35,10 @@ from report import print_line, report, rounded, synchronize, take_turns
 
 import train
 from utils import MemoryImages, pick_device
+
+# --amp bf16, --channels_last, --compile, --cuda_graph of each case; None: as train.py chooses on the device.
+SETTINGS = {"eager": (False, False, False, False), "layout": (False, True, False, False), "compile": (False, True, True, False),
+            "fast": (None, None, None, None), "no_graph": (None, None, None, False), "no_compile": (None, None, False, None)}
 
 
 def random_lpips(device):
@@ -54,14 +62,20 @@ def make_trainer(args, flags, images, lpips, device, channels_last):
 class Fast:
     """train.py's own steps, for `steps` at a time."""
 
-    def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled):
+    def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled, graph):
+        flags = argparse.Namespace(**{**vars(flags), "cuda_graph": graph})
         self.trainer, self.amp = make_trainer(args, flags, images, lpips, device, channels_last), amp
         self.data = MemoryImages(images, device)
-        eager = self.trainer.network
-        if compiled:
-            with contextlib.redirect_stdout(sys.stderr):        # it says that it compiles; standard output is for JSON
-                train.compile_step(self.trainer, (args.batch_size, *images.shape[1:]), amp)
-        self.compiled = self.trainer.network is not eager       # it goes on without where the compiler fails
+        eager, blank = self.trainer.network, torch.zeros_like(self.data.images[:args.batch_size])
+        start = time.monotonic()
+        with contextlib.redirect_stdout(sys.stderr):            # they say what they do; standard output is for JSON
+            if compiled:
+                train.compile_step(self.trainer, blank, amp)
+            if graph:
+                train.record_step(self.trainer, blank, amp)
+        # It goes on without where one of them fails.
+        self.about = {"compiled": self.trainer.network is not eager, "cuda_graph": self.trainer.graph is not None,
+                      "preparation_s": rounded(time.monotonic() - start)}
         self.trainer.model.train()
 
     def run(self, steps):
@@ -75,7 +89,7 @@ class Fast:
 
 class Plain:
     """The same network and loss, written the usual way."""
-    compiled = False
+    about = {}
 
     def __init__(self, args, flags, images, lpips, device):
         from PIL import Image
@@ -164,7 +178,7 @@ def parts_of_step(trainer, lpips, amp):
         value.backward()
 
     def optimiser():
-        trainer.update_weights(torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.args.grad_clip))
+        trainer.update_weights(torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.args.grad_clip), 1e-3)
 
     return {**{name: lambda p=part: both(p) for name, part in forward.items()}, "clipping, optimiser and EMA": optimiser}
 
@@ -189,7 +203,7 @@ def matrix_rate(device, amp):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["plain", "eager", "layout", "fast"],
-                        choices=("plain", "eager", "layout", "fast", "compile"))
+                        choices=("plain", *SETTINGS))
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=0, help="a round; 0 = 100 on a GPU, 2 on the CPU")
     parser.add_argument("--rounds", type=int, default=5)
@@ -197,6 +211,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", action="store_true", help="a line for each part of a step too")
     parser.add_argument("--profile", default=None, metavar="CASE", help="the longest operations of one of the cases")
+    parser.add_argument("--longest", type=int, default=25, help="of them in the line")
     args, rest = parser.parse_known_args()
     device = pick_device(args.device)
     flags, _ = train.parse_args(rest)
@@ -209,9 +224,9 @@ def main():
     trainer = make_trainer(args, flags, images, lpips, device, False)
     x = torch.zeros(args.batch_size, *images.shape[1:], device=device)
     eps = torch.zeros(args.batch_size, flags.latent_dim, device=device)
-    each = gflop(lambda: train.backward(trainer, x, eps, False)) / args.batch_size
-    settings = {"eager": (False, False, False), "layout": (False, True, False), "compile": (False, True, True),
-                "fast": (native, cuda, cuda)}                   # amp, channels_last, compile
+    each = gflop(lambda: train.backward(trainer, x, eps, False, 0.1)) / args.batch_size
+    settings = {name: tuple(on if on is not None else native if i == 0 else cuda for i, on in enumerate(flags_of_case))
+                for name, flags_of_case in SETTINGS.items()}
     runs = {}
     for case in args.cases:
         runs[case] = (Plain(args, flags, images, lpips, device) if case == "plain" else
@@ -225,10 +240,10 @@ def main():
         rate = count / statistics.median(timing.seconds) * each / 1e3
         report(case, count, timing, device, timings.get("plain") if case != "plain" else None,
                rates=[rounded(count / t) for t in timing.seconds], gflop_each=rounded(each),
-               compiled=runs[case].compiled,
-               matrix_rate_share=rounded(rate / matrix_rate(device, case == "fast" and native)), **about)
+               matrix_rate_share=rounded(rate / matrix_rate(device, case != "plain" and settings[case][0])),
+               **runs[case].about, **about)
     if args.parts:
-        amp, layout, _ = settings["fast"]
+        amp, layout, *_ = settings["fast"]
         trainer = make_trainer(args, flags, images, lpips, device, layout)
         works = parts_of_step(trainer, lpips, amp)
         counts = {name: gflop(work) for name, work in works.items()}                            # and a warm-up
@@ -242,12 +257,18 @@ def main():
     if args.profile:
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
         with torch.profiler.profile(activities=activities) as profile:
+            start = time.perf_counter()
             runs[args.profile].run(steps)
             synchronize(device)
-        times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profile.key_averages()}
-        longest = sorted(times, key=times.get, reverse=True)[:25]
-        shares = {name: rounded(times[name] / sum(times.values())) for name in longest}
-        print_line({"case": f"profile: {args.profile}", "share_of_time": shares, **about}, device)
+            wall = 1e6 * (time.perf_counter() - start)
+        events = [e for e in profile.key_averages() if not cuda or e.device_type == torch.autograd.DeviceType.CUDA]
+        times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+        total = sum(times.values())
+        longest = sorted(events, key=lambda e: -times[e.key])[:args.longest]
+        print_line({"case": f"profile: {args.profile}", "us_a_step": rounded(wall / steps), "busy": rounded(total / wall),
+                    "operations_a_step": rounded(sum(e.count for e in events) / steps),
+                    "share_of_time": {e.key[:120]: rounded(times[e.key] / total) for e in longest},
+                    "times_a_step": {e.key[:120]: rounded(e.count / steps) for e in longest}, **about}, device)
 
 
 if __name__ == "__main__":
