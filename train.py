@@ -34,6 +34,7 @@ from models.vamp_flow import (
     PRIORS,
     CrossFlowVampVAE,
     check_flow,
+    full_precision,
 )
 from utils import (
     DATA_CACHE,
@@ -389,26 +390,44 @@ def model_args_of(args):
     return {**{n: getattr(args, n) for n in names}, "perm_seed": args.seed}
 
 
-def build_lpips(net, linear, device, shape):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) as loss(a, b) -> (B,), for images (B, C, H, W) in [-1, 1]; its
-    attribute sha256 is that of its trunk's weights."""
+class Perceptual(torch.nn.Module):
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with the networks and weights of an lpips.LPIPS. Its distance is written
+    here such that a compiler passes twice over the features, and images equal to the last bit have a gradient."""
+
+    def __init__(self, library, sha256):
+        super().__init__()
+        self.scale, self.trunk, self.sha256 = library.scaling_layer, library.net, sha256
+        self.lins = library.lins if library.lpips else [None] * library.L
+
+    def features(self, x):
+        """(B, C, H, W) in [-1, 1], C 1 or 3 -> feature maps (B, F, h, w), each pixel's of length 1."""
+        maps = map(full_precision, self.trunk(self.scale(x.expand(-1, 3, -1, -1))))
+        return [h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-10) for h in maps]
+
+    def forward(self, a, b):
+        """Two batches of images (B, C, H, W) in [-1, 1] -> their distances (B,)."""
+        total = 0.0
+        for x, y, lin in zip(self.features(a), self.features(b), self.lins):
+            difference = (x - y).square()                                                       # (B, F, h, w)
+            if lin is not None:
+                difference = difference * lin.model[-1].weight                                  # (1, F, 1, 1)
+            total = total + difference.sum(1).mean((1, 2))
+        return total
+
+
+def build_lpips(net, linear, device, shape, memory_format=torch.contiguous_format):
+    """The Perceptual distance of images (C, H, W); its attribute sha256 is that of its trunk's weights."""
     if net == "none":
         return None
     import lpips
-    model, digest = load_hub_weights(LPIPS_FILES[net], "use --lpips_net none",
-                                     lambda: lpips.LPIPS(net=net, lpips=linear, verbose=False))
-    model.requires_grad_(False)
-
-    def loss(a, b):
-        return model(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)).flatten()
-
+    library, digest = load_hub_weights(LPIPS_FILES[net], "use --lpips_net none",
+                                       lambda: lpips.LPIPS(net=net, lpips=linear, verbose=False))
+    loss = Perceptual(library, digest).eval().requires_grad_(False)
     try:                                # before it goes to the device, where much else can fail
         loss(*torch.zeros(2, 1, *shape))
     except RuntimeError:
         raise UserError(f"--lpips_net {net} needs larger images than --img_size {shape[1]}; use another net or none") from None
-    model.to(device)
-    loss.sha256 = digest
-    return loss
+    return loss.to(device, memory_format=memory_format)
 
 
 def loss_parts(args, model, lpips, x, out):
@@ -538,7 +557,7 @@ class Trainer:
     """Weights, optimiser, schedule, history and position of one training run.
 
     network and criterion are what a training step calls: the model and its loss, compiled and distributed where asked.
-    graph is the StepGraph that does the whole of it, if there is one.
+    graph is the StepGraph that does the whole of it, if there is one; rounded the RoundedWeights.
     """
 
     def __init__(self, args, model, lpips, steps_per_epoch, batch_size, folder, data_id):
@@ -546,7 +565,8 @@ class Trainer:
         self.lpips_id = lpips.sha256 if lpips else None
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.device = next(model.parameters()).device
-        self.network, self.criterion, self.graph = model, functools.partial(loss_parts, args, model, lpips), None
+        self.network, self.criterion = model, functools.partial(loss_parts, args, model, lpips)
+        self.graph = self.rounded = None
         self.epoch, self.step, self.best_fid, self.history = 0, 0, math.inf, []
         self.ema = copy.deepcopy(model).eval().requires_grad_(False) if args.ema_decay else None
         self.fused = self.device.type in ("cuda", "cpu")
@@ -565,8 +585,9 @@ class Trainer:
 
     @property
     def best_weights(self):
-        """The model to sample and evaluate with: EMA, or the raw one where EMA is off; always in eval mode."""
-        return (self.ema or self.model).eval()
+        """The model to sample and evaluate with, not compiled and in eval mode: EMA, or a copy of the raw one where EMA is
+        off."""
+        return self.ema or copy.deepcopy(self.model).eval()
 
     def beta(self):
         progress = self.step / self.steps_per_epoch / self.args.warmup_epochs if self.args.warmup_epochs else 1.0
@@ -706,21 +727,33 @@ class Trainer:
             self.best_fid = math.inf if found is None else min(found, self.best_fid)
 
 
+def parts_to_compile(model):
+    return [model.encoder, model.decoder, *(model.flow.couplings if model.flow is not None else [])]
+
+
 def compile_step(trainer, batch, amp):
-    """torch.compile for network and criterion, tried on a blank batch; eager if that fails. The weights stay as they are."""
+    """torch.compile for the parts of the network and for the criterion, tried on a blank batch; eager if that fails. The
+    weights stay as they are.
+
+    Part by part, since the flow's layers are alike: one is compiled for all of them, which takes a third of the time.
+    """
     print("compiling   (up to a minute or two; --no-compile starts at once)", flush=True)
-    start, eager = time.monotonic(), (trainer.network, trainer.criterion)
+    start, eager, parts = time.monotonic(), trainer.criterion, parts_to_compile(trainer.model)
     # Where no StepGraph is to hold the whole step, the compiler's own CUDA graphs hold its parts.
     mode = "reduce-overhead" if trainer.device.type == "cuda" and not trainer.args.cuda_graph else "default"
     try:
-        trainer.network, trainer.criterion = (torch.compile(f, mode=mode, dynamic=False) for f in eager)
+        for part in parts:
+            part.compile(mode=mode, dynamic=False)
+        trainer.criterion = torch.compile(eager, mode=mode, dynamic=False)
         warm_up(trainer, batch, amp)
         problem = ""
     except Exception as e:                                # a compiler can fail in any way; training need not
         problem = one_line(e)
     problem = max(gather(problem))                        # all processes compile, or none
     if problem:
-        trainer.network, trainer.criterion = eager
+        trainer.criterion = eager
+        for part in parts:
+            part._compiled_call_impl = None               # (what Module.compile sets; nothing public takes it back)
         print(f"note: torch.compile fails here ({problem}); going on without it")
     else:
         print(f"compiled    in {time.monotonic() - start:.0f} s")
@@ -742,6 +775,33 @@ def warm_up(trainer, batch, amp):
         sum([*parts.values(), *([] if usage is None else [usage.sum()])]).backward()
 
 
+class RoundedWeights:
+    """bf16 copies of the weights that autocast rounds: all are rounded together, and their gradients brought back together.
+    Autocast does so one by one, a thousand small kernels a step; the numbers are the same."""
+
+    def __init__(self, network, model):
+        # The encoder's head is the one layer of its kind that autocast leaves alone (no_autocast).
+        layers = [(name, m) for name, m in network.named_modules()
+                  if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and m is not model.encoder.head]
+        named = {f"{layer}.{name}": p for layer, m in layers for name, p in m.named_parameters() if p.requires_grad}
+        self.weights = list(named.values())
+        self.copies = {name: torch.empty_like(p, dtype=torch.bfloat16).requires_grad_() for name, p in named.items()}
+
+    @torch.no_grad()
+    def round(self):
+        """The copies of the weights as they are now, by their names in the network, without gradients."""
+        torch._foreach_copy_(list(self.copies.values()), self.weights)
+        for copy_ in self.copies.values():
+            copy_.grad = None
+        return self.copies
+
+    def bring_back(self):
+        """Give the weights the gradients of their copies."""
+        for p in self.weights:
+            p.grad = torch.empty_like(p)
+        torch._foreach_copy_([p.grad for p in self.weights], [copy_.grad for copy_ in self.copies.values()])
+
+
 class StepGraph:
     """A whole training step, optimiser and EMA included, recorded as one CUDA graph: its thousands of kernels start each
     other, and Python only says what changes. Recorded on a blank batch; the weights stay as they are.
@@ -754,26 +814,41 @@ class StepGraph:
         self.batch, self.eps = batch, torch.zeros(n, args.latent_dim, device=device)
         self.flipped = torch.zeros(n, 1, 1, 1, dtype=torch.bool, device=device) if args.flip else None
         self.now = Now(*torch.zeros(len(Now._fields), device=device).unbind())
-        for p in trainer.parameters:                      # recorded, their creation would clear them at every step
-            if not trainer.optimizer.state[p]:
-                trainer.optimizer.state[p].update(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p),
-                                                  exp_avg_sq=torch.zeros_like(p))
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            warm_up(trainer, batch, amp)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        trainer.optimizer.zero_grad(set_to_none=True)
-        self.graph = torch.cuda.CUDAGraph()
-        groups = [dict(group) for group in trainer.optimizer.param_groups]
+
+        def step():
+            whole_step(trainer, self.batch, self.flipped, self.eps, self.now, amp)
+
+        optimizer, groups = trainer.optimizer, [dict(group) for group in trainer.optimizer.param_groups]
+        before = {id(p): {k: v.clone() for k, v in optimizer.state[p].items()} for p in trainer.parameters}
+        weights = [*trainer.parameters, *trainer.averages]
+        saved = [w.detach().clone() for w in weights]
+        trainer.model.train()
         try:
-            for group in trainer.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group.update(lr=self.now.lr, capturable=True)
+            # A rehearsal, since what is done for the first time (kernels loaded, chosen, the optimiser's moments made) cannot
+            # be recorded; elsewhere than on the default stream, as recording is.
+            aside = torch.cuda.Stream(device)
+            aside.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream(device).wait_stream(aside)
+            optimizer.zero_grad(set_to_none=True)
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                whole_step(trainer, self.batch, self.flipped, self.eps, self.now, amp)
+                step()
         finally:
-            for group, before in zip(trainer.optimizer.param_groups, groups):
-                group.update(before)
+            for group, kept in zip(optimizer.param_groups, groups):
+                group.update(kept)
+            with torch.no_grad():                         # in place: the graph knows where they lie
+                for w, kept in zip(weights, saved):
+                    w.copy_(kept)
+                for p in trainer.parameters:
+                    for name, value in optimizer.state[p].items():
+                        value.copy_(before[id(p)].get(name, torch.zeros_like(value)))
+                trainer.unread.zero_()
+                trainer.first_bad.zero_()
 
     def __call__(self, batch, flipped, eps, now):
         self.batch.copy_(batch)
@@ -789,9 +864,12 @@ def record_step(trainer, batch, amp):
     """Let a StepGraph do the steps; without one, more slowly, if that fails."""
     start = time.monotonic()
     try:
+        if amp:
+            trainer.rounded = RoundedWeights(trainer.network, trainer.model)
         trainer.graph = StepGraph(trainer, batch, amp)
         print(f"CUDA graph  recorded in {time.monotonic() - start:.0f} s")
     except Exception as e:                                # as for the compiler
+        trainer.rounded = None
         trainer.optimizer.zero_grad(set_to_none=True)
         print(f"note: no CUDA graph can be recorded here ({one_line(e)}); going on without it")
 
@@ -807,16 +885,22 @@ def forward(trainer, x, eps, amp):
     """loss_parts of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D); lets go of the last step's gradients."""
     # Before the compiler's graphs start again: the gradients lie in their memory, and must not be added to.
     trainer.optimizer.zero_grad(set_to_none=True)
-    if trainer.network is not trainer.model and trainer.device.type == "cuda":
+    if trainer.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(trainer.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
-        return trainer.criterion(x, trainer.network(x, eps))
+        if trainer.rounded is None:
+            out = trainer.network(x, eps)
+        else:
+            out = torch.func.functional_call(trainer.network, trainer.rounded.round(), (x, eps))
+        return trainer.criterion(x, out)
 
 
 def backward(trainer, x, eps, amp, beta):
     """The gradients of one batch -> the TERMS it knows."""
     terms = objective(trainer.args, *forward(trainer, x, eps, amp), beta)
     terms["loss"].backward()
+    if trainer.rounded is not None:
+        trainer.rounded.bring_back()
     return terms
 
 
@@ -1163,7 +1247,9 @@ def train(stack):
         model = CrossFlowVampVAE(**model_args_of(args))
     except ValueError as e:
         raise UserError(f"the model's flags do not fit: {e}") from None
-    lpips = build_lpips(args.lpips_net, args.lpips_linear, device, (args.in_channels, args.img_size, args.img_size))
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    lpips = build_lpips(args.lpips_net, args.lpips_linear, device, (args.in_channels, args.img_size, args.img_size),
+                        memory_format)
     extractor = InceptionFeatures(device, args.fid_dims) if args.fid_every else None
     if extractor and args.fid_samples < 2048:
         print(f"note: FID from {args.fid_samples} samples is far too high (its covariance has at most that rank); "
@@ -1181,7 +1267,7 @@ def train(stack):
             remove_temporary_files(folder / "samples")
 
     # -- model, optimiser, position -------------------------------------------------------------------------------
-    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    model.to(device, memory_format=memory_format)
     if args.fit_prior:
         model.encoder.requires_grad_(False)
         model.decoder.requires_grad_(False)

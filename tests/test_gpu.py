@@ -45,13 +45,8 @@ def flags_of(*flags):
 
 def random_lpips(place=lambda net: net):
     """LPIPS with random weights, as build_lpips makes it."""
-    net = place(lpips_library.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False))
-
-    def loss(a, b):
-        return net(a, b).flatten()
-
-    loss.sha256 = None
-    return loss
+    return place(train.Perceptual(lpips_library.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False),
+                                  None).eval().requires_grad_(False))
 
 
 class CopyToCPU(Exception):
@@ -174,7 +169,7 @@ def test_sampling_and_reconstructing_stay_on_the_device(pretended):
             assert model.sample(5).device.type == model.reconstruct(x).device.type == "cuda"
 
 
-def test_every_step_starts_without_gradients(monkeypatch):
+def test_every_step_starts_without_gradients(monkeypatch, capsys):
     """A CUDA graph's gradients lie in memory that the next forward pass frees: one that is still there would be added to,
     which is an error on a GPU, and compile_step takes any error for a compiler that fails."""
     args = flags_of()
@@ -184,8 +179,9 @@ def test_every_step_starts_without_gradients(monkeypatch):
     model.register_forward_pre_hook(lambda *_: left.append(sum(p.grad is not None for p in model.parameters())))
     monkeypatch.setattr(torch, "compile", lambda f, **_: functools.partial(f))
     model.train()
+    trainer.args.cuda_graph = False
     train.compile_step(trainer, torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8), False)
-    assert trainer.network is not model                                      # it did not give up
+    assert "compiled    in" in capsys.readouterr().out                       # it did not give up
     for _ in range(2):
         train.train_step(trainer, torch.zeros(args.batch_size, 3, args.img_size, args.img_size, dtype=torch.uint8), False)
     assert left == 5 * [0]
@@ -262,6 +258,23 @@ def test_a_recorded_step_is_the_step(request, monkeypatch, flags, device):
     assert eager.state()["optimizer"]["param_groups"] == recorded.state()["optimizer"]["param_groups"]
 
 
+@pytest.mark.parametrize("flags", [VARIANTS[0], VARIANTS[1], VARIANTS[3]], ids=" ".join)
+def test_rounded_weights_are_those_of_autocast(flags):
+    """The same losses and gradients, bit for bit: what is rounded is rounded to the same, only together."""
+    args = flags_of(*flags)
+    model = perturb_(CrossFlowVampVAE(**train.model_args_of(args)), 0.05, torch.Generator().manual_seed(0))
+    trainer = train.Trainer(args, model, None, 3, args.batch_size, None, "")
+    generator = torch.Generator().manual_seed(0)
+    x, eps = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1, torch.randn(4, args.latent_dim, generator=generator)
+    found = []
+    for rounded in (None, train.RoundedWeights(model, model), None):
+        trainer.rounded = rounded
+        terms = train.backward(trainer, x, eps, rounded is not None or len(found) == 0, 0.1)
+        found.append([*(v.detach() for v in terms.values()), *(p.grad.clone() for p in trainer.parameters)])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
+    assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2]))    # which is float32's
+
+
 def test_no_recording_is_a_note(capsys):
     """On a machine without CUDA recording fails, and the steps go on without."""
     args = flags_of()
@@ -276,27 +289,33 @@ def test_no_recording_is_a_note(capsys):
 # Those of the variants that change the graph most.
 @pytest.mark.parametrize("flags", [VARIANTS[0], VARIANTS[1], VARIANTS[3], VARIANTS[5], ("--img_size", "32", "with LPIPS")],
                          ids=" ".join)
-def test_a_step_is_one_graph_without_recompiling(flags):
-    """Model and loss are each captured whole (a break would cut a CUDA graph in two and wait between), and once: neither
-    beta nor the step's number, which change, are part of them."""
+@pytest.mark.parametrize("amp", [False, True])
+def test_parts_are_one_graph_each_without_recompiling(flags, amp):
+    """The parts of the model and the loss are each captured whole, and once: one graph serves all layers of the flow, and
+    neither beta nor the step's number, which change, are part of it; nor do weights rounded together need another."""
     with_lpips = "with LPIPS" in flags
-    args = flags_of(*(f for f in flags if f != "with LPIPS"), "--warmup_epochs", "1", "--epochs", "2")
+    args = flags_of(*(f for f in flags if f != "with LPIPS"), "--warmup_epochs", "1", "--epochs", "2", "--flow_length", "3")
     model = CrossFlowVampVAE(**train.model_args_of(args))
     perturb_(model, 0.05, torch.Generator().manual_seed(0))
     lpips = random_lpips() if with_lpips else None
     trainer = train.Trainer(args, model, lpips, 3, args.batch_size, None, "")
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
-    trainer.network, trainer.criterion = (torch.compile(f, backend="eager", fullgraph=True, dynamic=False)
-                                          for f in (trainer.network, trainer.criterion))
+    torch._dynamo.utils.counters.clear()
+    for part in train.parts_to_compile(model):
+        part.compile(backend="eager", fullgraph=True, dynamic=False)
+    trainer.criterion = torch.compile(trainer.criterion, backend="eager", fullgraph=True, dynamic=False)
+    trainer.rounded = train.RoundedWeights(model, model) if amp else None
     model.train()
     batch = torch.randint(0, 256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
     x, eps = train.to_float(batch), torch.randn(args.batch_size, args.latent_dim)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        parts, _ = train.forward(trainer, x, eps, False)
-        wanted, _ = train.loss_parts(args, eager, lpips, x, eager(x, eps))
+        parts, _ = train.forward(trainer, x, eps, amp)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            wanted, _ = train.loss_parts(args, eager, lpips, x, eager(x, eps))
         assert {k: v.item() for k, v in parts.items()} == pytest.approx({k: v.item() for k, v in wanted.items()}, rel=1e-5)
         for _ in range(4):                                                   # into the second epoch
-            train.train_step(trainer, batch, False)
+            train.train_step(trainer, batch, amp)
     assert trainer.step == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4       # encoder, decoder, coupling, loss
     torch._dynamo.reset()

@@ -47,12 +47,12 @@ def step(flags, device, plain=False, **changed):
     rng = np.random.default_rng(0)
     # Enough for one epoch of the steps of all rounds; their content changes no speed.
     images = torch.from_numpy(rng.integers(0, 256, (20 * flags.batch_size, 3, flags.img_size, flags.img_size), np.uint8))
-    lpips = None if flags.lpips_net == "none" else random_lpips(device)
+    lpips = None if flags.lpips_net == "none" else random_lpips()
     if plain:
         run = Plain(flags, flags, images, lpips, device)
     else:                                                       # compiling each point would take longer than measuring it
         native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-        run = Fast(flags, flags, images, lpips, device, amp=native, channels_last=cuda, compiled=False)
+        run = Fast(flags, flags, images, lpips, device, amp=native, channels_last=cuda, compiled=False, graph=cuda)
     steps = 20 if cuda else 1
     run.run(2)
     return lambda: run.run(steps), steps * flags.batch_size

@@ -15,8 +15,8 @@ Cases
     compile  float32 with --channels_last --compile
 
 One JSON line for each case (report.py says what stands in it), with the share of the device's measured matrix rate that the
-counted operations come to. --parts: a line for each part of a step, forward and backward by itself, not compiled, with the
-precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the longest operations (on a GPU
+counted operations come to. --parts: a line for each part of a step, forward and backward by itself, not compiled (on a GPU a
+CUDA graph), with the precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the longest operations (on a GPU
 its kernels): each one's share of the time of all, how often a step has it, and the share of the wall clock in which any ran
 (busy; more than 1 where several run at once). LPIPS has the network of VGG16 with random weights: the arithmetic is the
 same, and nothing is downloaded. The images are random: their content changes no speed. Flags of train.py (--hidden_dims, ...)
@@ -24,6 +24,7 @@ are taken too.
 """
 import argparse
 import contextlib
+import copy
 import statistics
 import sys
 import time
@@ -41,22 +42,19 @@ SETTINGS = {"eager": (False, False, False, False), "layout": (False, True, False
             "fast": (None, None, None, None), "no_graph": (None, None, None, False), "no_compile": (None, None, False, None)}
 
 
-def random_lpips(device):
+def random_lpips():
+    """The lpips package's LPIPS."""
     import lpips
-    model = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).to(device).requires_grad_(False)
-
-    def distance(a, b):
-        return model(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)).flatten()
-
-    distance.sha256 = None
-    return distance
+    return lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False)
 
 
 def make_trainer(args, flags, images, lpips, device, channels_last):
+    """lpips: the package's, or None."""
+    place = dict(device=device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     torch.manual_seed(0)
-    model = train.CrossFlowVampVAE(**train.model_args_of(flags)).to(
-        device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    return train.Trainer(flags, model, lpips, len(images) // args.batch_size, args.batch_size, Path("."), "")
+    model = train.CrossFlowVampVAE(**train.model_args_of(flags)).to(**place)
+    loss = None if lpips is None else train.Perceptual(copy.deepcopy(lpips), None).eval().to(**place)
+    return train.Trainer(flags, model, loss, len(images) // args.batch_size, args.batch_size, Path("."), "")
 
 
 class Fast:
@@ -105,7 +103,8 @@ class Plain:
             def __getitem__(self, i):
                 return self.transform(Image.fromarray(self.arrays[i]))
 
-        self.device, self.flags, self.lpips = device, flags, lpips
+        self.device, self.flags = device, flags
+        self.lpips = None if lpips is None else copy.deepcopy(lpips).to(device)
         transform = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                         transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
         torch.manual_seed(0)
@@ -127,7 +126,7 @@ class Plain:
             out = self.model(x, prior=self.model.prior_params())
             kl = self.model.kl_terms(out).kl.mean()
             pixel = (out.recon - x).abs().sum((1, 2, 3)).mean()
-            perceptual = self.lpips(out.recon, x).mean() if self.lpips else pixel.new_zeros(())
+            perceptual = self.lpips(out.recon, x).mean() if self.lpips is not None else pixel.new_zeros(())
             loss = pixel + self.flags.lpips_weight * perceptual + 0.1 * kl
             self.optimizer.zero_grad()
             loss.backward()
@@ -147,9 +146,9 @@ def gflop(work):
     return counter.get_total_flops() / 1e9
 
 
-def parts_of_step(trainer, lpips, amp):
+def parts_of_step(trainer, amp):
     """{name: work} of the parts of a step on one batch, each forward and backward by itself."""
-    model, device, B = trainer.model, trainer.device, trainer.batch_size
+    model, lpips, device, B = trainer.model, trainer.criterion.args[2], trainer.device, trainer.batch_size
     x = torch.zeros(B, trainer.args.in_channels, model.img_size, model.img_size, device=device)
     with torch.no_grad():
         out = model(x, torch.zeros(B, model.latent_dim, device=device), model.prior_params())
@@ -181,6 +180,22 @@ def parts_of_step(trainer, lpips, amp):
         trainer.update_weights(torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.args.grad_clip), 1e-3)
 
     return {**{name: lambda p=part: both(p) for name, part in forward.items()}, "clipping, optimiser and EMA": optimiser}
+
+
+def recorded(work, device):
+    """work, on a GPU as a CUDA graph, as a step is: else Python sets the pace."""
+    if device.type != "cuda":
+        return work
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def matrix_rate(device, amp):
@@ -220,7 +235,7 @@ def main():
     torch.backends.cudnn.benchmark = True                       # as train.py; the plain way has it too
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (50 * args.batch_size, 3, flags.img_size, flags.img_size), np.uint8))
-    lpips = None if args.no_lpips else random_lpips(device)
+    lpips = None if args.no_lpips else random_lpips()
     trainer = make_trainer(args, flags, images, lpips, device, False)
     x = torch.zeros(args.batch_size, *images.shape[1:], device=device)
     eps = torch.zeros(args.batch_size, flags.latent_dim, device=device)
@@ -245,8 +260,11 @@ def main():
     if args.parts:
         amp, layout, *_ = settings["fast"]
         trainer = make_trainer(args, flags, images, lpips, device, layout)
-        works = parts_of_step(trainer, lpips, amp)
+        works = parts_of_step(trainer, amp)
         counts = {name: gflop(work) for name, work in works.items()}                            # and a warm-up
+        for group in trainer.optimizer.param_groups:
+            group["capturable"] = cuda
+        works = {name: recorded(work, device) for name, work in works.items()}
         timings = dict(zip(works, take_turns(works.values(), args.rounds, device)))
         seconds = {name: statistics.median(t.seconds) for name, t in timings.items()}
         top = matrix_rate(device, amp)
