@@ -16,11 +16,11 @@ Cases
 
 One JSON line for each case (report.py says what stands in it), with the share of the device's measured matrix rate that the
 counted operations come to. --parts: a line for each part of a step, forward and backward by itself, not compiled (on a GPU a
-CUDA graph), with the precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the longest operations (on a GPU
-its kernels): each one's share of the time of all, how often a step has it, and the share of the wall clock in which any ran
-(busy; more than 1 where several run at once). LPIPS has the network of VGG16 with random weights: the arithmetic is the
-same, and nothing is downloaded. The images are random: their content changes no speed. Flags of train.py (--hidden_dims, ...)
-are taken too.
+CUDA graph), with the precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the longest
+operations (on a GPU its kernels): each one's share of the time of all, how often a step has it, and the share of the wall
+clock in which any ran (busy; more than 1 where several run at once). LPIPS has the network of VGG16 with random weights: the
+arithmetic is the same, and nothing is downloaded. The images are random: their content changes no speed. Flags of train.py
+(--hidden_dims, ...) are taken too.
 """
 import argparse
 import contextlib
