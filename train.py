@@ -86,7 +86,7 @@ LPIPS_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", 
 DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64], latent_dim=16, num_components=50,
             flow_length=2, flow_seq_len=2, flow_embed_dim=32, flow_heads=2, flow_layers=1, lpips_net="none", fid_every=0,
             epochs=30, warmup_epochs=0, beta_max=0.4, free_bits=0.0, lr=2e-3, ema_decay=0.99, batch_size=64,
-            sample_every=10, threads=1, overwrite=True)
+            sample_every=10, threads=1, compile=False, overwrite=True)
 
 # What --preset changes in the published recipe; --demo and any flag beside it still win. The last halving, to 2x2 pixels
 # of 32, costs time and quality.
@@ -739,13 +739,14 @@ def compile_step(trainer, batch, amp):
     """
     print("compiling   (up to a minute or two; --no-compile starts at once)", flush=True)
     start, eager, parts = time.monotonic(), trainer.criterion, parts_to_compile(trainer.model)
-    # Where no StepGraph is to hold the whole step, the compiler's own CUDA graphs hold its parts.
-    mode = "reduce-overhead" if trainer.device.type == "cuda" and not trainer.args.cuda_graph else "default"
     try:
         for part in parts:
-            part.compile(mode=mode, dynamic=False)
-        trainer.criterion = torch.compile(eager, mode=mode, dynamic=False)
-        warm_up(trainer, batch, amp)
+            part.compile(dynamic=False)
+        trainer.criterion = torch.compile(eager, dynamic=False)
+        trainer.model.train()                             # as the steps do, or the first of them would compile it again
+        x, eps = prepared(batch, None), torch.zeros(len(batch), trainer.args.latent_dim, device=trainer.device)
+        terms, usage = forward(trainer, x, eps, amp)
+        sum([*terms.values(), *([] if usage is None else [usage.sum()])]).backward()
         problem = ""
     except Exception as e:                                # a compiler can fail in any way; training need not
         problem = one_line(e)
@@ -762,17 +763,6 @@ def compile_step(trainer, batch, amp):
 
 def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-
-
-def warm_up(trainer, batch, amp):
-    """Forward and backward passes of a blank batch, without an update: kernels are chosen and compiled at the first of them,
-    and the compiler's own CUDA graphs are recorded at the second or third."""
-    trainer.model.train()                                 # as the steps do, or the first of them would compile it again
-    x = prepared(batch, None)
-    eps = torch.zeros(len(x), trainer.args.latent_dim, device=trainer.device)
-    for _ in range(3):
-        parts, usage = forward(trainer, x, eps, amp)
-        sum([*parts.values(), *([] if usage is None else [usage.sum()])]).backward()
 
 
 class RoundedWeights:
@@ -864,12 +854,9 @@ def record_step(trainer, batch, amp):
     """Let a StepGraph do the steps; without one, more slowly, if that fails."""
     start = time.monotonic()
     try:
-        if amp:
-            trainer.rounded = RoundedWeights(trainer.network, trainer.model)
         trainer.graph = StepGraph(trainer, batch, amp)
         print(f"CUDA graph  recorded in {time.monotonic() - start:.0f} s")
     except Exception as e:                                # as for the compiler
-        trainer.rounded = None
         trainer.optimizer.zero_grad(set_to_none=True)
         print(f"note: no CUDA graph can be recorded here ({one_line(e)}); going on without it")
 
@@ -883,10 +870,7 @@ def prepared(batch, flipped):
 
 def forward(trainer, x, eps, amp):
     """loss_parts of one batch x (B, C, H, W) in [-1, 1] with noise eps (B, D); lets go of the last step's gradients."""
-    # Before the compiler's graphs start again: the gradients lie in their memory, and must not be added to.
     trainer.optimizer.zero_grad(set_to_none=True)
-    if trainer.device.type == "cuda":
-        torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(trainer.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
         if trainer.rounded is None:
             out = trainer.network(x, eps)
@@ -1294,6 +1278,8 @@ def train(stack):
     if args.fit_prior:
         trainer.network, stock = PriorFit(model), encode_all(args, model, data, device)
     stop = StopRequest()
+    if amp and process_count() == 1:                      # before compiling: other types of weights would compile it all again
+        trainer.rounded = RoundedWeights(trainer.network, model)
     blank = torch.zeros(batch_size // process_count(), *stock.shape, device=device,
                         dtype=torch.float32 if args.fit_prior else torch.uint8)
     if args.compile:

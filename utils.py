@@ -1199,14 +1199,15 @@ class InceptionFeatures:
 
 @contextlib.contextmanager
 def no_tf32():
-    """Convolutions in float32 on a GPU too, which otherwise rounds their inputs to 10 bits: whichever script asks, the
-    features and the images are the same."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Convolutions in float32 on a GPU too, which otherwise rounds their inputs to 10 bits, and without a search for the
+    fastest of their algorithms: whichever script asks, the features and the images are the same."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = False, False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def extract_features(extractor, batches, total, desc="features", progress=True):

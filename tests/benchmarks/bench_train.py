@@ -61,18 +61,19 @@ class Fast:
     """train.py's own steps, for `steps` at a time."""
 
     def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled, graph):
-        flags = argparse.Namespace(**{**vars(flags), "cuda_graph": graph})
         self.trainer, self.amp = make_trainer(args, flags, images, lpips, device, channels_last), amp
         self.data = MemoryImages(images, device)
-        eager, blank = self.trainer.network, torch.zeros_like(self.data.images[:args.batch_size])
+        eager, blank = self.trainer.criterion, torch.zeros_like(self.data.images[:args.batch_size])
         start = time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):            # they say what they do; standard output is for JSON
+            if amp:
+                self.trainer.rounded = train.RoundedWeights(self.trainer.network, self.trainer.model)
             if compiled:
                 train.compile_step(self.trainer, blank, amp)
             if graph:
                 train.record_step(self.trainer, blank, amp)
         # It goes on without where one of them fails.
-        self.about = {"compiled": self.trainer.network is not eager, "cuda_graph": self.trainer.graph is not None,
+        self.about = {"compiled": self.trainer.criterion is not eager, "cuda_graph": self.trainer.graph is not None,
                       "preparation_s": rounded(time.monotonic() - start)}
         self.trainer.model.train()
 
