@@ -78,6 +78,7 @@ from utils import (
     atomic_write,
     check_saved_flags,
     cpu_count,
+    exact_convolutions,
     frechet_distance,
     gather,
     generate_images,
@@ -89,7 +90,6 @@ from utils import (
     lock_folder,
     mean_and_covariance,
     my_share,
-    no_tf32,
     plain_text,
     pyplot,
     read_json,
@@ -1091,7 +1091,7 @@ def main():
         export_and_measure(args, locks)
 
 
-@no_tf32()                                                      # a GPU's pixels within one grey level of a CPU's
+@exact_convolutions()                                                      # a GPU's pixels within one grey level of a CPU's
 def export_and_measure(args, locks):
     """locks: an ExitStack that keeps the folders which are written to locked until the end."""
     # -- everything that could be missing later, before anything is written ---------------------------------------

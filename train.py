@@ -86,11 +86,14 @@ LPIPS_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", 
 DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64], latent_dim=16, num_components=50,
             flow_length=2, flow_seq_len=2, flow_embed_dim=32, flow_heads=2, flow_layers=1, lpips_net="none", fid_every=0,
             epochs=30, warmup_epochs=0, beta_max=0.4, free_bits=0.0, lr=2e-3, ema_decay=0.99, batch_size=64,
-            sample_every=10, threads=1, compile=False, overwrite=True)
+            sample_every=10, threads=1, overwrite=True)
 
 # What --preset changes in the published recipe; --demo and any flag beside it still win. The last halving, to 2x2 pixels
 # of 32, costs time and quality.
 PRESETS = {"best": dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0, hidden_dims=[64, 128, 256])}
+
+# Steps from which on the compiler's minute or two pays.
+WORTH_COMPILING = 10_000
 
 # Flags that may differ when a run is resumed; the rest define the result, and a different value is refused by name.
 MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite", "stop_epoch", "demo", "threads", "amp",
@@ -131,7 +134,8 @@ def build_parser():
                        help="CPU threads, 0 = PyTorch's choice (1 is fastest for very small models)")
     group.add_argument("--amp", choices=("auto", "bf16", "none"), default="auto",
                        help="autocast; auto: bf16 on a CUDA GPU that has it, else none")
-    group.add_argument("--compile", action=switch, default=None, help="torch.compile (default: on CUDA only)")
+    group.add_argument("--compile", action=switch, default=None,
+                       help=f"torch.compile (default: on CUDA, for runs of {WORTH_COMPILING:,} steps or more)")
     group.add_argument("--cuda_graph", action=switch, default=None,
                        help="a training step as one CUDA graph, so that Python does not set the pace (default: on CUDA, one "
                             "process)")
@@ -391,8 +395,11 @@ def model_args_of(args):
 
 
 class Perceptual(torch.nn.Module):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with the networks and weights of an lpips.LPIPS. Its distance is written
-    here such that a compiler passes twice over the features, and images equal to the last bit have a gradient."""
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with the networks and weights of an lpips.LPIPS, and the same distances.
+
+    What follows the networks is written here, in float32 whatever autocast does, so that a compiler makes two kernels of it
+    (lengths; the weighted differences' sum); the package's weighting is a convolution, which stands in its way.
+    """
 
     def __init__(self, library, sha256):
         super().__init__()
@@ -778,7 +785,7 @@ class RoundedWeights:
         self.copies = {name: torch.empty_like(p, dtype=torch.bfloat16).requires_grad_() for name, p in named.items()}
 
     @torch.no_grad()
-    def round(self):
+    def rounded(self):
         """The copies of the weights as they are now, by their names in the network, without gradients."""
         torch._foreach_copy_(list(self.copies.values()), self.weights)
         for copy_ in self.copies.values():
@@ -787,9 +794,18 @@ class RoundedWeights:
 
     def bring_back(self):
         """Give the weights the gradients of their copies."""
-        for p in self.weights:
+        found = [(p, copy_.grad) for p, copy_ in zip(self.weights, self.copies.values()) if copy_.grad is not None]
+        for p, _ in found:
+            assert p.grad is None, "used outside the network too"
             p.grad = torch.empty_like(p)
-        torch._foreach_copy_([p.grad for p in self.weights], [copy_.grad for copy_ in self.copies.values()])
+        torch._foreach_copy_([p.grad for p, _ in found], [grad for _, grad in found])
+
+
+def round_together(trainer):
+    """Let RoundedWeights do what autocast would; call before anything is compiled."""
+    rounded = RoundedWeights(trainer.network, trainer.model)
+    if rounded.weights:                                   # none with --fit_prior and no flow
+        trainer.rounded = rounded
 
 
 class StepGraph:
@@ -826,8 +842,13 @@ class StepGraph:
             torch.cuda.current_stream(device).wait_stream(aside)
             optimizer.zero_grad(set_to_none=True)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # (The outer one comes back from the other stream also if recording fails.)
+            with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph, stream=aside):
                 step()
+            trainer.unread.zero_()
+            self.graph.replay()
+            if not trainer.unread.any():
+                raise RuntimeError("the recording is empty")
         finally:
             for group, kept in zip(optimizer.param_groups, groups):
                 group.update(kept)
@@ -875,7 +896,7 @@ def forward(trainer, x, eps, amp):
         if trainer.rounded is None:
             out = trainer.network(x, eps)
         else:
-            out = torch.func.functional_call(trainer.network, trainer.rounded.round(), (x, eps))
+            out = torch.func.functional_call(trainer.network, trainer.rounded.rounded(), (x, eps))
         return trainer.criterion(x, out)
 
 
@@ -1217,9 +1238,11 @@ def train(stack):
         raise UserError("--amp bf16: not supported on MPS")
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
     amp = args.amp == "bf16" or (args.amp == "auto" and native)
-    args.compile, args.channels_last, args.cuda_graph = (device.type == "cuda" if on is None else on for on in (
-        args.compile, args.channels_last, args.cuda_graph))
-    args.cuda_graph = args.cuda_graph and device.type == "cuda" and process_count() == 1
+    recordable = device.type == "cuda" and process_count() == 1
+    if args.cuda_graph and not recordable:
+        print("note: --cuda_graph needs a CUDA GPU and a single process; going on without it")
+    args.channels_last = device.type == "cuda" if args.channels_last is None else args.channels_last
+    args.cuda_graph = recordable and args.cuda_graph is not False
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                            # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)
@@ -1242,6 +1265,8 @@ def train(stack):
     if extractor and len(data) < 2:
         raise UserError(f"--data_dir {args.data_dir}: FID needs at least two training images; use --fid_every 0")
     batch_size = min(args.batch_size, len(data))
+    if args.compile is None:
+        args.compile = device.type == "cuda" and args.epochs * (len(data) // batch_size) >= WORTH_COMPILING
     if batch_size % process_count():
         raise UserError(f"--batch_size: {batch_size} images a step cannot be shared equally by {process_count()} processes")
     folder = writable_folder(args.save_dir, "--save_dir") / args.exp_name
@@ -1279,7 +1304,7 @@ def train(stack):
         trainer.network, stock = PriorFit(model), encode_all(args, model, data, device)
     stop = StopRequest()
     if amp and process_count() == 1:                      # before compiling: other types of weights would compile it all again
-        trainer.rounded = RoundedWeights(trainer.network, model)
+        round_together(trainer)
     blank = torch.zeros(batch_size // process_count(), *stock.shape, device=device,
                         dtype=torch.float32 if args.fit_prior else torch.uint8)
     if args.compile:

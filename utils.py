@@ -51,9 +51,8 @@ __all__ = [
     "read_image", "decode_images", "save_png", "pyplot", "plain_text", "image_grid", "generate_images",
     "MemoryImages", "StreamedImages", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "load_model", "LatentHealth",
-    "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "no_tf32", "extract_features", "mean_and_covariance",
-    "frechet_distance",
-    "cached_statistics",
+    "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions", "extract_features",
+    "mean_and_covariance", "frechet_distance", "cached_statistics",
 ]
 
 
@@ -163,6 +162,8 @@ def pick_device(name):
         raise UserError(f"--device {name}: MPS is not usable here; use --device cpu or leave the flag out")
     if device.type not in ("cuda", "mps", "cpu"):
         raise UserError(f"--device {name}: not supported; use auto, cuda, cuda:N, mps or cpu")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)                     # what names no device, as a recorded CUDA graph, means this one
     return device
 
 
@@ -1198,7 +1199,7 @@ class InceptionFeatures:
 
 
 @contextlib.contextmanager
-def no_tf32():
+def exact_convolutions():
     """Convolutions in float32 on a GPU too, which otherwise rounds their inputs to 10 bits, and without a search for the
     fastest of their algorithms: whichever script asks, the features and the images are the same."""
     cudnn = torch.backends.cudnn
@@ -1213,7 +1214,7 @@ def no_tf32():
 def extract_features(extractor, batches, total, desc="features", progress=True):
     """Features of an iterable of uint8 batches, `total` images in all -> float32 array (total, dims)."""
     out, n = np.empty((total, extractor.dims), np.float32), 0
-    with tqdm(total=total, desc=desc, unit="img", disable=not progress, leave=False) as bar, no_tf32():
+    with tqdm(total=total, desc=desc, unit="img", disable=not progress, leave=False) as bar, exact_convolutions():
         for batch in batches:
             out[n:n + len(batch)] = extractor(batch).numpy()
             n += len(batch)

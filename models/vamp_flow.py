@@ -553,13 +553,13 @@ class CrossFlowVampVAE(nn.Module):
         """The components that need no encoder: mog, standard."""
         if self.prior == "mog":
             return self.prior_mu, self.prior_logvar.clamp(*self.logvar_clamp)
-        zeros = self.decoder.stem[0].weight.new_zeros(1, self.latent_dim)
+        zeros = self.encoder.head.weight.new_zeros(1, self.latent_dim)
         return zeros, zeros
 
     def log_weights(self):
         """log w_k of the prior's components, (K,)."""
         if self.prior_logits is None:
-            return self.decoder.stem[0].weight.new_full((self.num_components,), -math.log(self.num_components))
+            return self.encoder.head.weight.new_full((self.num_components,), -math.log(self.num_components))
         return torch.log_softmax(full_precision(self.prior_logits), 0)
 
     def log_prior(self, zK):

@@ -67,7 +67,7 @@ class Fast:
         start = time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):            # they say what they do; standard output is for JSON
             if amp:
-                self.trainer.rounded = train.RoundedWeights(self.trainer.network, self.trainer.model)
+                train.round_together(self.trainer)
             if compiled:
                 train.compile_step(self.trainer, blank, amp)
             if graph:
