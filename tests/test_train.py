@@ -872,8 +872,9 @@ def test_second_stage_in_bf16(flow_length, data, monkeypatch, tmp_path):
     flags = [*data, "--sample_every", 0, "--no-tensorboard", "--flow_length", 0, "--prior", "mog"]
     main(monkeypatch, tmp_path, *flags, "--epochs", 1, "--exp_name", "first")
     main(monkeypatch, tmp_path, "--fit_prior", tmp_path / "results/first/last.pth", "--fid_every", 0, "--epochs", 2,
-         "--prior", "mog", "--batch_size", 8, "--sample_every", 0, "--no-tensorboard", "--flow_length", flow_length, "--flow_seq_len", 1,
-         "--flow_embed_dim", 8, "--flow_heads", 2, "--flow_layers", 1, "--amp", "bf16", "--exp_name", "second")
+         "--prior", "mog", "--batch_size", 8, "--sample_every", 0, "--no-tensorboard", "--flow_length", flow_length,
+         "--flow_seq_len", 1, "--flow_embed_dim", 8, "--flow_heads", 2, "--flow_layers", 1, "--amp", "bf16",
+         "--exp_name", "second")
     losses = [float(row["train_loss"]) for row in history(tmp_path / "results/second")]
     assert losses[1] < losses[0]
 
