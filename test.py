@@ -1091,7 +1091,7 @@ def main():
         export_and_measure(args, locks)
 
 
-@exact_convolutions()                                                      # a GPU's pixels within one grey level of a CPU's
+@exact_convolutions()                                           # a GPU's pixels within one grey level of a CPU's
 def export_and_measure(args, locks):
     """locks: an ExitStack that keeps the folders which are written to locked until the end."""
     # -- everything that could be missing later, before anything is written ---------------------------------------

@@ -397,8 +397,8 @@ def model_args_of(args):
 class Perceptual(torch.nn.Module):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with the networks and weights of an lpips.LPIPS, and the same distances.
 
-    What follows the networks is written here, in float32 whatever autocast does, so that a compiler makes two kernels of it
-    (lengths; the weighted differences' sum); the package's weighting is a convolution, which stands in its way.
+    What follows the networks is written here, in float32 whatever autocast does. The package weighs the differences by a
+    convolution, which autocast rounds and a compiler cannot join with what is around it.
     """
 
     def __init__(self, library, sha256):
@@ -785,7 +785,7 @@ class RoundedWeights:
         self.copies = {name: torch.empty_like(p, dtype=torch.bfloat16).requires_grad_() for name, p in named.items()}
 
     @torch.no_grad()
-    def rounded(self):
+    def renewed(self):
         """The copies of the weights as they are now, by their names in the network, without gradients."""
         torch._foreach_copy_(list(self.copies.values()), self.weights)
         for copy_ in self.copies.values():
@@ -808,6 +808,22 @@ def round_together(trainer):
         trainer.rounded = rounded
 
 
+def as_cuda_graph(work, device):
+    """work() as a torch.cuda.CUDAGraph, after two rehearsals: what is done for the first time (kernels loaded and chosen, the
+    optimiser's moments made) cannot be recorded. Both elsewhere than on the default stream, which recording needs."""
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # (The outer one comes back from the other stream also if recording fails.)
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph, stream=aside):
+        work()
+    return graph
+
+
 class StepGraph:
     """A whole training step, optimiser and EMA included, recorded as one CUDA graph: its thousands of kernels start each
     other, and Python only says what changes. Recorded on a blank batch; the weights stay as they are.
@@ -823,6 +839,7 @@ class StepGraph:
 
         def step():
             whole_step(trainer, self.batch, self.flipped, self.eps, self.now, amp)
+            optimizer.zero_grad(set_to_none=True)
 
         optimizer, groups = trainer.optimizer, [dict(group) for group in trainer.optimizer.param_groups]
         before = {id(p): {k: v.clone() for k, v in optimizer.state[p].items()} for p in trainer.parameters}
@@ -832,19 +849,7 @@ class StepGraph:
         try:
             for group in optimizer.param_groups:
                 group.update(lr=self.now.lr, capturable=True)
-            # A rehearsal, since what is done for the first time (kernels loaded, chosen, the optimiser's moments made) cannot
-            # be recorded; elsewhere than on the default stream, as recording is.
-            aside = torch.cuda.Stream(device)
-            aside.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(aside):
-                for _ in range(2):
-                    step()
-            torch.cuda.current_stream(device).wait_stream(aside)
-            optimizer.zero_grad(set_to_none=True)
-            self.graph = torch.cuda.CUDAGraph()
-            # (The outer one comes back from the other stream also if recording fails.)
-            with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph, stream=aside):
-                step()
+            self.graph = as_cuda_graph(step, device)
             trainer.unread.zero_()
             self.graph.replay()
             if not trainer.unread.any():
@@ -896,7 +901,7 @@ def forward(trainer, x, eps, amp):
         if trainer.rounded is None:
             out = trainer.network(x, eps)
         else:
-            out = torch.func.functional_call(trainer.network, trainer.rounded.rounded(), (x, eps))
+            out = torch.func.functional_call(trainer.network, trainer.rounded.renewed(), (x, eps))
         return trainer.criterion(x, out)
 
 

@@ -147,7 +147,8 @@ def add_device_flag(group):
 # Reproducibility and device
 
 def pick_device(name):
-    """The torch.device for --device. Raises UserError if it is not there."""
+    """The torch.device for --device, from here on the one that CUDA takes where none is named. Raises UserError if it is not
+    there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -183,22 +183,6 @@ def parts_of_step(trainer, amp):
     return {**{name: lambda p=part: both(p) for name, part in forward.items()}, "clipping, optimiser and EMA": optimiser}
 
 
-def recorded(work, device):
-    """work, on a GPU as a CUDA graph, as a step is: else Python sets the pace."""
-    if device.type != "cuda":
-        return work
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream(device).wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 def matrix_rate(device, amp):
     """Measured TFLOP/s of a large matrix product in the case's precision, which for float32 on a GPU is the TF32 of its
     convolutions."""
@@ -265,7 +249,8 @@ def main():
         counts = {name: gflop(work) for name, work in works.items()}                            # and a warm-up
         for group in trainer.optimizer.param_groups:
             group["capturable"] = cuda
-        works = {name: recorded(work, device) for name, work in works.items()}
+        if cuda:                                                # as a step is recorded: else Python sets the pace
+            works = {name: train.as_cuda_graph(work, device).replay for name, work in works.items()}
         timings = dict(zip(works, take_turns(works.values(), args.rounds, device)))
         seconds = {name: statistics.median(t.seconds) for name, t in timings.items()}
         top = matrix_rate(device, amp)
