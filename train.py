@@ -34,7 +34,6 @@ from models.vamp_flow import (
     PRIORS,
     CrossFlowVampVAE,
     check_flow,
-    full_precision,
 )
 from utils import (
     DATA_CACHE,
@@ -395,31 +394,14 @@ def model_args_of(args):
 
 
 class Perceptual(torch.nn.Module):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with the networks and weights of an lpips.LPIPS, and the same distances.
-
-    What follows the networks is written here, in float32 whatever autocast does. The package weighs the differences by a
-    convolution, which autocast rounds and a compiler cannot join with what is around it.
-    """
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924): an lpips.LPIPS for images (B, C, H, W) in [-1, 1], C 1 or 3 -> (B,)."""
 
     def __init__(self, library, sha256):
         super().__init__()
-        self.scale, self.trunk, self.sha256 = library.scaling_layer, library.net, sha256
-        self.lins = library.lins if library.lpips else [None] * library.L
-
-    def features(self, x):
-        """(B, C, H, W) in [-1, 1], C 1 or 3 -> feature maps (B, F, h, w), each pixel's of length 1."""
-        maps = map(full_precision, self.trunk(self.scale(x.expand(-1, 3, -1, -1))))
-        return [h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-10) for h in maps]
+        self.library, self.sha256 = library, sha256
 
     def forward(self, a, b):
-        """Two batches of images (B, C, H, W) in [-1, 1] -> their distances (B,)."""
-        total = 0.0
-        for x, y, lin in zip(self.features(a), self.features(b), self.lins):
-            difference = (x - y).square()                                                       # (B, F, h, w)
-            if lin is not None:
-                difference = difference * lin.model[-1].weight                                  # (1, F, 1, 1)
-            total = total + difference.sum(1).mean((1, 2))
-        return total
+        return self.library(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)).flatten()
 
 
 def build_lpips(net, linear, device, shape, memory_format=torch.contiguous_format):
