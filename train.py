@@ -33,7 +33,10 @@ from models.vamp_flow import (
     MIXTURE_WEIGHTS,
     PRIORS,
     CrossFlowVampVAE,
+    FoldNorms,
     check_flow,
+    check_fused,
+    fused_sizes,
 )
 from utils import (
     DATA_CACHE,
@@ -96,11 +99,12 @@ WORTH_COMPILING = 10_000
 
 # Flags that may differ when a run is resumed; the rest define the result, and a different value is refused by name.
 MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite", "stop_epoch", "demo", "threads", "amp",
-              "compile", "cuda_graph", "channels_last", "deterministic", "num_workers", "tensorboard", "sample_every",
-              "grid_images", "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep", "check_every", "data_cache"}
+              "compile", "cuda_graph", "fused_flow", "channels_last", "deterministic", "num_workers", "tensorboard",
+              "sample_every", "grid_images", "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep",
+              "check_every", "data_cache"}
 # Of these, what a resumed run does not take over from the checkpoint.
-NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "cuda_graph", "channels_last", "resume", "overwrite",
-                 "stop_epoch", "demo"}
+NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "cuda_graph", "fused_flow", "channels_last", "resume",
+                 "overwrite", "stop_epoch", "demo"}
 
 TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "balance", "under_floor",
          "grad_norm", "skipped")
@@ -138,6 +142,8 @@ def build_parser():
     group.add_argument("--cuda_graph", action=switch, default=None,
                        help="a training step as one CUDA graph, so that Python does not set the pace (default: on CUDA, one "
                             "process)")
+    group.add_argument("--fused_flow", action=switch, default=None,
+                       help="the flow's layers as one kernel each (default: on CUDA in bf16, where Triton is installed)")
     group.add_argument("--channels_last", action=switch, default=None,
                        help="memory layout of the convolutions (default: on CUDA only)")
     group.add_argument("--deterministic", action="store_true",
@@ -716,8 +722,21 @@ class Trainer:
             self.best_fid = math.inf if found is None else min(found, self.best_fid)
 
 
+def fuse_flow(flow, batch_size):
+    """Let Triton's kernels train the flow, if they compute here what its layers do; a note says if not."""
+    try:
+        error, allowed = check_fused(flow, batch_size)
+        if not error <= 2 * allowed + 0.01:
+            raise RuntimeError(f"relative error {error:.3f}, of autocast {allowed:.3f}")
+        flow.fold_norms = FoldNorms(torch.bfloat16)
+    except Exception as e:                                # as for the compiler, below
+        print(f"note: the flow's kernels do not work here ({one_line(e)}); going on without them")
+
+
 def parts_to_compile(model):
-    return [model.encoder, model.decoder, *(model.flow.couplings if model.flow is not None else [])]
+    if model.flow is None:
+        return [model.encoder, model.decoder]
+    return [model.encoder, model.decoder, *(model.flow.couplings if model.flow.fold_norms is None else [model.flow.fold_norms])]
 
 
 def compile_step(trainer, batch, amp):
@@ -759,9 +778,11 @@ class RoundedWeights:
     Autocast does so one by one, a thousand small kernels a step; the numbers are the same."""
 
     def __init__(self, network, model):
-        # The encoder's head is the one layer of its kind that autocast leaves alone (no_autocast).
+        # Not those that autocast leaves alone (no_autocast): the encoder's head, and a flow of kernels, which round their own.
+        fused = model.flow is not None and model.flow.fold_norms is not None
+        others = {model.encoder.head, *(model.flow.modules() if fused else ())}
         layers = [(name, m) for name, m in network.named_modules()
-                  if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and m is not model.encoder.head]
+                  if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and m not in others]
         named = {f"{layer}.{name}": p for layer, m in layers for name, p in m.named_parameters() if p.requires_grad}
         self.weights = list(named.values())
         self.copies = {name: torch.empty_like(p, dtype=torch.bfloat16).requires_grad_() for name, p in named.items()}
@@ -866,6 +887,8 @@ def record_step(trainer, batch, amp):
         print(f"CUDA graph  recorded in {time.monotonic() - start:.0f} s")
     except Exception as e:                                # as for the compiler
         trainer.optimizer.zero_grad(set_to_none=True)
+        while e.__context__ is not None:                  # the end of a recording that failed raises too
+            e = e.__context__
         print(f"note: no CUDA graph can be recorded here ({one_line(e)}); going on without it")
 
 
@@ -1183,7 +1206,7 @@ def print_plan(args, trainer, data, held_out, amp):
     n_val = min(args.val_images or len(held_out), len(held_out))
     fid = f"every {args.fid_every} epochs, {args.fid_samples:,} samples" if args.fid_every else "off"
     options = [f"{process_count()} processes"] * (process_count() > 1) + ["bf16 autocast" if amp else "float32"]
-    options += [text for text in ("channels_last", "compile", "cuda_graph", "deterministic") if getattr(args, text)]
+    options += [n for n in ("channels_last", "fused_flow", "compile", "cuda_graph", "deterministic") if getattr(args, n)]
     lpips = "no LPIPS"
     if args.lpips_net != "none":
         lpips = f"{args.lpips_weight:g} LPIPS-{args.lpips_net} ({weights_title(LPIPS_FILES[args.lpips_net], trainer.lpips_id)})"
@@ -1241,6 +1264,10 @@ def train(stack):
         model = CrossFlowVampVAE(**model_args_of(args))
     except ValueError as e:
         raise UserError(f"the model's flags do not fit: {e}") from None
+    fusible = device.type == "cuda" and amp and model.flow is not None and fused_sizes(model.flow) is not None
+    if args.fused_flow and not fusible:
+        print("note: --fused_flow needs a CUDA GPU, bf16, Triton and a flow whose sizes are powers of two; going on without it")
+    args.fused_flow = fusible and args.fused_flow is not False
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     lpips = build_lpips(args.lpips_net, args.lpips_linear, device, (args.in_channels, args.img_size, args.img_size),
                         memory_format)
@@ -1290,6 +1317,8 @@ def train(stack):
     if args.fit_prior:
         trainer.network, stock = PriorFit(model), encode_all(args, model, data, device)
     stop = StopRequest()
+    if args.fused_flow:
+        fuse_flow(model.flow, batch_size // process_count())
     if amp and process_count() == 1:                      # before compiling: other types of weights would compile it all again
         round_together(trainer)
     blank = torch.zeros(batch_size // process_count(), *stock.shape, device=device,

@@ -16,11 +16,18 @@ E embedding; S, F tokens and channels of the encoder's feature map. Images are i
 import contextlib
 import copy
 import math
+import operator
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                     # comes with PyTorch for CUDA only
+    triton = None
 
 __all__ = ["log_normal", "component_log_probs", "log_mixture", "BiCrossAttnFlow", "check_flow", "Encoder", "Decoder",
            "VAEOutput", "CrossFlowVampVAE"]
@@ -260,6 +267,7 @@ class BiCrossAttnFlow(nn.Module):
                                 embed_dim=embed_dim, heads=heads, layers=layers, mlp_ratio=mlp_ratio,
                                 scale_bound=scale_bound, context_dim=context_dim)
             for _ in range(length))
+        self.fold_norms = None                            # a FoldNorms: train with the kernels at the end of this file
 
     def forward(self, z0, context=None):
         """z0 (B, D), context (B, S, F) or None -> zK (B, D), log|det dzK/dz0| (B,)."""
@@ -276,6 +284,8 @@ class BiCrossAttnFlow(nn.Module):
 
     def transform(self, z0, context=None):
         """As forward, with every layer's log-scales: zK (B, D), s (length, B, D)."""
+        if self.fold_norms is not None and self.training:
+            return fused_transform(self, z0)
         z, scales = full_precision(z0), []
         for coupling in self.couplings:
             z, s = coupling(z, context)
@@ -687,3 +697,380 @@ class CrossFlowVampVAE(nn.Module):
     def sample(self, n, temperature=1.0, generator=None):
         """n images of the prior, (n, C, H, W) in [-1, 1]."""
         return self.decode(self.sample_latents(n, temperature, generator))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same flow on a GPU, one Triton kernel a layer and pass: a layer is two hundred small operations, which take a GPU far
+# longer to start than to do. The matrices are bfloat16, as autocast's; sums, norms and the latent are float32. Latent
+# halves, tokens and heads never leave the chip; what the gradients of the weights need is kept, and they are batched
+# matrix products of all layers at once.
+#
+# A program of a kernel has R = IMAGES T rows, a row being a token of an image; N = B T rows in all. c = 2 layer + half
+# counts the conditioners, cond_b's (half 0) before cond_a's, and cb = c BLOCKS + block their blocks.
+
+if triton is not None:
+    @triton.jit
+    def _tile(at, rows, columns, stride, mask):
+        """(rows, columns) of a matrix with so many elements a row; 0 where a mask, if there is one, is False."""
+        at += rows[:, None] * stride + columns[None, :]
+        if mask is None:
+            x = tl.load(at)
+        else:
+            x = tl.load(at, mask=mask, other=0.0)
+        return x
+
+    @triton.jit
+    def _dot(a, b):
+        return tl.dot(a, b, input_precision="ieee")
+
+    @triton.jit
+    def _normalised(x, E: tl.constexpr):
+        """(x - mean) / std of each row, and 1 / std; LayerNorm's factors are in the weights that follow (fold)."""
+        x = x - (tl.sum(x, 1) / E)[:, None]
+        scale = 1 / tl.sqrt(tl.sum(x * x, 1) / E + 1e-5)
+        return x * scale[:, None], scale
+
+    @triton.jit
+    def _normalised_backward(grad, x, scale, E: tl.constexpr):
+        return scale[:, None] * (grad - (tl.sum(grad, 1) / E)[:, None] - x * (tl.sum(grad * x, 1) / E)[:, None])
+
+    @triton.jit
+    def _attention(q, k, same, scale):
+        """Of each token to those of its image."""
+        score = tl.where(same, _dot(q, tl.trans(k)) * scale, float("-inf"))
+        p = tl.exp(score - tl.max(score, 1)[:, None])
+        return p / tl.sum(p, 1)[:, None]
+
+    @triton.jit(do_not_specialize=["layer", "B"])
+    def _layer_forward(layer, B, perm, z, s, embed, position, queries, wq, bq, wkv, bkv, wo, bo, w1, b1, w2, b2, wh, bh,
+                       kept_x, kept_tokens, kept_f, kept_q, kept_a, kept_m, q_, kv_, u_, scale_t, scale_f, scale_q, scale_m,
+                       bound: tl.constexpr, D: tl.constexpr, T: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+                       E: tl.constexpr, M: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, IMAGES: tl.constexpr,
+                       CHUNK: tl.constexpr, KEEP: tl.constexpr):
+        """Reads z[layer], writes z[layer + 1] and s[layer]; with KEEP, what the backward pass needs. W = D / 2T values a
+        token, in WP places."""
+        R: tl.constexpr = IMAGES * T
+        HALF: tl.constexpr = D // 2
+        HD: tl.constexpr = E // HEADS
+        kind = wq.dtype.element_ty
+        N = tl.cast(B, tl.int64) * T                                                             # so are offsets of rows
+        row = tl.program_id(0) * R + tl.arange(0, R)
+        image, token, inside = row // T, row % T, row < N
+        same = image[:, None] == image[None, :]
+        e, w, o = tl.arange(0, E), tl.arange(0, WP), tl.arange(0, HD)
+        cell = token[:, None] * W + w[None, :]                                                   # of a half
+        real = inside[:, None] & (w < W)[None, :]
+        rows_e = row[:, None] * E + e[None, :]
+        here = inside[:, None]
+        at = (layer * B + image)[:, None] * D
+        x = tl.load(z + at + tl.load(perm + layer * D + cell, mask=real, other=0), mask=real, other=0.0)
+        y = tl.load(z + at + tl.load(perm + layer * D + HALF + cell, mask=real, other=0), mask=real, other=0.0)
+        for half in range(2):
+            c = 2 * layer + half
+            x16 = x.to(kind)
+            tokens = _dot(x16, tl.trans(_tile(embed + c * E * W, e, w, W, (w < W)[None, :])))
+            tokens += tl.load(position + (c * T + token[:, None]) * E + e[None, :])
+            tokens, scale = _normalised(tokens, E)
+            tokens16 = tokens.to(kind)
+            if KEEP:
+                tl.store(kept_x + (c * N + row)[:, None] * W + w[None, :], x16, mask=real)
+                tl.store(kept_tokens + c * N * E + rows_e, tokens16, mask=here)
+                tl.store(scale_t + c * N + row, scale, mask=inside)
+            h = tl.load(queries + (c * T + token[:, None]) * E + e[None, :])
+            for block in range(BLOCKS):
+                cb = c * BLOCKS + block
+                n, scale = _normalised(h, E)
+                n16 = n.to(kind)
+                if KEEP:
+                    tl.store(kept_q + cb * N * E + rows_e, n16, mask=here)
+                    tl.store(scale_q + cb * N + row, scale, mask=inside)
+                h += tl.load(bo + cb * E + e)[None, :]
+                for head in range(HEADS):
+                    f = head * HD + o
+                    q = _dot(n16, tl.trans(_tile(wq + cb * E * E, f, e, E, None))) + tl.load(bq + cb * E + f)[None, :]
+                    k = _dot(tokens16, tl.trans(_tile(wkv + 2 * cb * E * E, f, e, E, None)))
+                    k += tl.load(bkv + 2 * cb * E + f)[None, :]
+                    v = _dot(tokens16, tl.trans(_tile(wkv + (2 * cb + 1) * E * E, f, e, E, None)))
+                    v += tl.load(bkv + (2 * cb + 1) * E + f)[None, :]
+                    q16, k16, v16 = q.to(kind), k.to(kind), v.to(kind)
+                    p = _attention(q16, k16, same, HD ** -0.5)
+                    a16 = _dot(p.to(kind), v16).to(kind)
+                    h += _dot(a16, tl.trans(_tile(wo + cb * E * E, e, f, E, None)))
+                    if KEEP:
+                        rows_f = row[:, None] * E + f[None, :]
+                        tl.store(q_ + cb * N * E + rows_f, q16, mask=here)
+                        tl.store(kv_ + 2 * cb * N * E + row[:, None] * 2 * E + f[None, :], k16, mask=here)
+                        tl.store(kv_ + 2 * cb * N * E + row[:, None] * 2 * E + E + f[None, :], v16, mask=here)
+                        tl.store(kept_a + cb * N * E + rows_f, a16, mask=here)
+                n, scale = _normalised(h, E)
+                n16 = n.to(kind)
+                if KEEP:
+                    tl.store(kept_m + cb * N * E + rows_e, n16, mask=here)
+                    tl.store(scale_m + cb * N + row, scale, mask=inside)
+                h += tl.load(b2 + cb * E + e)[None, :]
+                for chunk in range(M // CHUNK):
+                    m = chunk * CHUNK + tl.arange(0, CHUNK)
+                    u = _dot(n16, tl.trans(_tile(w1 + cb * M * E, m, e, E, None))) + tl.load(b1 + cb * M + m)[None, :]
+                    h += _dot((u * tl.sigmoid(u)).to(kind), tl.trans(_tile(w2 + cb * E * M, e, m, M, None)))
+                    if KEEP:
+                        tl.store(u_ + cb * N * M + row[:, None] * M + m[None, :], u.to(kind), mask=here)
+            n, scale = _normalised(h, E)
+            n16 = n.to(kind)
+            if KEEP:
+                tl.store(kept_f + c * N * E + rows_e, n16, mask=here)
+                tl.store(scale_f + c * N + row, scale, mask=inside)
+            raw = _dot(n16, tl.trans(_tile(wh + 2 * c * W * E, w, e, E, (w < W)[:, None])))
+            raw += tl.load(bh + 2 * c * W + w, mask=w < W, other=0.0)[None, :]
+            t = _dot(n16, tl.trans(_tile(wh + (2 * c + 1) * W * E, w, e, E, (w < W)[:, None])))
+            t += tl.load(bh + (2 * c + 1) * W + w, mask=w < W, other=0.0)[None, :]
+            log_scale = bound * (2 * tl.sigmoid(2 / bound * raw) - 1)                             # bound tanh(raw / bound)
+            tl.store(s + at + (1 - half) * HALF + cell, log_scale, mask=real)
+            x, y = y * tl.exp(log_scale) + t, x
+        at += B * D
+        tl.store(z + at + cell, x, mask=real)
+        tl.store(z + at + HALF + cell, y, mask=real)
+
+    @triton.jit(do_not_specialize=["layer", "B"])
+    def _layer_backward(layer, B, perm, z, s, grad_z, grad_s, embed, wq, wkv, wo, w1, w2, wh,
+                        kept_tokens, kept_f, kept_q, kept_m, q_, kv_, u_, scale_t, scale_f, scale_q, scale_m,
+                        g_tokens, g_queries, g_q, g_kv, g_o, silu_, g_u, g_2, g_head,
+                        bound: tl.constexpr, D: tl.constexpr, T: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+                        E: tl.constexpr, M: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, IMAGES: tl.constexpr,
+                        CHUNK: tl.constexpr):
+        """Reads grad_z[layer + 1], writes grad_z[layer] and the gradients of what each matrix multiplication gave (g_...)."""
+        R: tl.constexpr = IMAGES * T
+        HALF: tl.constexpr = D // 2
+        HD: tl.constexpr = E // HEADS
+        kind = wq.dtype.element_ty
+        N = tl.cast(B, tl.int64) * T                                                             # so are offsets of rows
+        row = tl.program_id(0) * R + tl.arange(0, R)
+        image, token, inside = row // T, row % T, row < N
+        same = image[:, None] == image[None, :]
+        e, w, o = tl.arange(0, E), tl.arange(0, WP), tl.arange(0, HD)
+        cell = token[:, None] * W + w[None, :]
+        real = inside[:, None] & (w < W)[None, :]
+        rows_e = row[:, None] * E + e[None, :]
+        here = inside[:, None]
+        at = (layer * B + image)[:, None] * D
+        perm_a = tl.load(perm + layer * D + cell, mask=real, other=0)
+        perm_b = tl.load(perm + layer * D + HALF + cell, mask=real, other=0)
+        y, next_y = tl.load(z + at + perm_a, mask=real, other=0.0), tl.load(z + at + perm_b, mask=real, other=0.0)
+        grad_y = tl.load(grad_z + at + B * D + cell, mask=real, other=0.0)
+        grad_x = tl.load(grad_z + at + B * D + HALF + cell, mask=real, other=0.0)
+        for i in range(2):                                # y' = y exp(s(x)) + t(x): first a' of b', then b' of a
+            c = 2 * layer + 1 - i
+            log_scale = tl.load(s + at + i * HALF + cell, mask=real, other=0.0)
+            factor = tl.exp(log_scale)
+            g_s = tl.load(grad_s + at + i * HALF + cell, mask=real, other=0.0) + grad_y * y * factor
+            g_raw16 = (g_s * (1 - log_scale * log_scale / (bound * bound))).to(kind)
+            g_t16 = grad_y.to(kind)
+            head_at = g_head + 2 * c * N * W + row[:, None] * 2 * W + w[None, :]
+            tl.store(head_at, g_raw16, mask=real)
+            tl.store(head_at + W, g_t16, mask=real)
+            g = _dot(g_raw16, _tile(wh + 2 * c * W * E, w, e, E, (w < W)[:, None]))
+            g += _dot(g_t16, _tile(wh + (2 * c + 1) * W * E, w, e, E, (w < W)[:, None]))
+            n = tl.load(kept_f + c * N * E + rows_e, mask=here, other=0.0).to(tl.float32)
+            g = _normalised_backward(g, n, tl.load(scale_f + c * N + row, mask=inside, other=0.0), E)
+            g_n_tokens = tl.zeros((R, E), tl.float32)
+            for back in range(BLOCKS):
+                cb = c * BLOCKS + BLOCKS - 1 - back
+                g16 = g.to(kind)
+                tl.store(g_2 + cb * N * E + rows_e, g16, mask=here)
+                g_n = tl.zeros((R, E), tl.float32)
+                for chunk in range(M // CHUNK):
+                    m = chunk * CHUNK + tl.arange(0, CHUNK)
+                    rows_m = cb * N * M + row[:, None] * M + m[None, :]
+                    u = tl.load(u_ + rows_m, mask=here, other=0.0).to(tl.float32)
+                    sigmoid = tl.sigmoid(u)
+                    g_silu = _dot(g16, _tile(w2 + cb * E * M, e, m, M, None))
+                    g_u16 = (g_silu * sigmoid * (1 + u * (1 - sigmoid))).to(kind)
+                    g_n += _dot(g_u16, _tile(w1 + cb * M * E, m, e, E, None))
+                    tl.store(silu_ + rows_m, (u * sigmoid).to(kind), mask=here)
+                    tl.store(g_u + rows_m, g_u16, mask=here)
+                n = tl.load(kept_m + cb * N * E + rows_e, mask=here, other=0.0).to(tl.float32)
+                g += _normalised_backward(g_n, n, tl.load(scale_m + cb * N + row, mask=inside, other=0.0), E)
+                g16 = g.to(kind)
+                tl.store(g_o + cb * N * E + rows_e, g16, mask=here)
+                g_n = tl.zeros((R, E), tl.float32)
+                for head in range(HEADS):
+                    f = head * HD + o
+                    rows_f = cb * N * E + row[:, None] * E + f[None, :]
+                    rows_kv = 2 * cb * N * E + row[:, None] * 2 * E + f[None, :]
+                    q = tl.load(q_ + rows_f, mask=here, other=0.0)
+                    k = tl.load(kv_ + rows_kv, mask=here, other=0.0)
+                    v = tl.load(kv_ + rows_kv + E, mask=here, other=0.0)
+                    p = _attention(q, k, same, HD ** -0.5)
+                    g_a = _dot(g16, _tile(wo + cb * E * E, e, f, E, None)).to(kind)
+                    g_v = _dot(tl.trans(p.to(kind)), g_a).to(kind)
+                    g_p = _dot(g_a, tl.trans(v))
+                    g_score = (p * (g_p - tl.sum(g_p * p, 1)[:, None]) * HD ** -0.5).to(kind)
+                    g_query = _dot(g_score, k).to(kind)
+                    g_k = _dot(tl.trans(g_score), q).to(kind)
+                    tl.store(g_q + rows_f, g_query, mask=here)
+                    tl.store(g_kv + rows_kv, g_k, mask=here)
+                    tl.store(g_kv + rows_kv + E, g_v, mask=here)
+                    g_n += _dot(g_query, _tile(wq + cb * E * E, f, e, E, None))
+                    g_n_tokens += _dot(g_k, _tile(wkv + 2 * cb * E * E, f, e, E, None))
+                    g_n_tokens += _dot(g_v, _tile(wkv + (2 * cb + 1) * E * E, f, e, E, None))
+                n = tl.load(kept_q + cb * N * E + rows_e, mask=here, other=0.0).to(tl.float32)
+                g += _normalised_backward(g_n, n, tl.load(scale_q + cb * N + row, mask=inside, other=0.0), E)
+            tl.store(g_queries + c * N * E + rows_e, g.to(kind), mask=here)
+            n = tl.load(kept_tokens + c * N * E + rows_e, mask=here, other=0.0).to(tl.float32)
+            g = _normalised_backward(g_n_tokens, n, tl.load(scale_t + c * N + row, mask=inside, other=0.0), E)
+            g16 = g.to(kind)
+            tl.store(g_tokens + c * N * E + rows_e, g16, mask=here)
+            grad_x += _dot(g16, _tile(embed + c * E * W, e, w, W, (w < W)[None, :]))
+            grad_x, grad_y, y = grad_y * factor, grad_x, next_y
+        tl.store(grad_z + at + perm_a, grad_y, mask=real)
+        tl.store(grad_z + at + perm_b, grad_x, mask=real)
+
+
+def fold(factor, offset, weight, bias=None):
+    """Of x -> weight (factor x + offset) + bias, weight and bias without factor and offset: (..., out, in) and (..., out)."""
+    shift = (weight * offset[..., None, :]).sum(-1)
+    return weight * factor[..., None, :], shift if bias is None else shift + bias
+
+
+class FoldNorms(nn.Module):
+    """What stacked_weights gives -> what the kernels take: the LayerNorms' factors and offsets folded into the matrices that
+    follow, and all matrices as `dtype`. (A module so that it can be compiled.)"""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, embed, embed_bias, position, queries, norm_q, norm_q_bias, q, q_bias, norm_kv, norm_kv_bias, kv,
+                out, out_bias, norm_mlp, norm_mlp_bias, mlp, mlp_bias, mlp_out, mlp_out_bias, norm, norm_bias, head, head_bias):
+        q, q_bias = fold(norm_q, norm_q_bias, q, q_bias)
+        kv, kv_bias = fold(norm_kv, norm_kv_bias, kv)
+        mlp, mlp_bias = fold(norm_mlp, norm_mlp_bias, mlp, mlp_bias)
+        head, head_bias = fold(norm, norm_bias, head, head_bias)
+        embed, q, kv, out, mlp, mlp_out, head = (x.to(self.dtype) for x in (embed, q, kv, out, mlp, mlp_out, head))
+        return (embed, position + embed_bias[:, None], queries, q, q_bias, kv, kv_bias, out, out_bias, mlp, mlp_bias,
+                mlp_out, mlp_out_bias, head, head_bias)
+
+
+def stacked_weights(flow):
+    """A flow's weights, all conditioners' (C, ...) and all blocks' (C, BLOCKS, ...) in one tensor a kind."""
+    conditioners = [c for coupling in flow.couplings for c in (coupling.cond_b, coupling.cond_a)]
+    blocks = [b for c in conditioners for b in c.blocks]
+
+    def of_all(*names):
+        return [torch.stack([operator.attrgetter(name)(c) for c in conditioners]) for name in names]
+
+    def of_blocks(*names):
+        stacked = [torch.stack([operator.attrgetter(name)(b) for b in blocks]) for name in names]
+        return [x.unflatten(0, (len(conditioners), -1)) for x in stacked]
+
+    return [*of_all("embed.weight", "embed.bias", "position", "queries"),
+            *of_blocks("norm_q.weight", "norm_q.bias", "q.weight", "q.bias", "norm_kv.weight", "norm_kv.bias", "kv.weight",
+                       "out.weight", "out.bias", "norm_mlp.weight", "norm_mlp.bias", "mlp.0.weight", "mlp.0.bias",
+                       "mlp.2.weight", "mlp.2.bias"),
+            *of_all("norm.weight", "norm.bias", "head.weight", "head.bias")]
+
+
+class FusedCouplings(torch.autograd.Function):
+    """z0 (B, D) float32, perms (length, D), what fused_sizes returns, weights from FoldNorms -> zK (B, D), s (length, B, D)."""
+
+    @staticmethod
+    def forward(ctx, z0, perms, sizes, *weights):
+        (L, D), B, (C, blocks, E, _), M = perms.shape, len(z0), weights[3].shape, weights[9].shape[2]
+        N, W, kind = B * sizes["T"], sizes["W"], weights[3].dtype
+
+        def empty(*shape, dtype=kind):
+            return torch.empty(shape, dtype=dtype, device=z0.device)
+
+        z, s = empty(L + 1, B, D, dtype=torch.float32), empty(L, B, D, dtype=torch.float32)
+        z[0] = z0
+        keep = any(ctx.needs_input_grad)
+        per_conditioner, per_block = ((C, N), (C, blocks, N)) if keep else ((0, 0), (0, 0, 0))
+        x = empty(*per_conditioner, W)
+        kept = [*(empty(*per_conditioner, E) for _ in range(2)), *(empty(*per_block, E) for _ in range(3)),
+                empty(*per_block, E), empty(*per_block, 2 * E), empty(*per_block, M)]
+        scales = [*(empty(*per_conditioner, dtype=torch.float32) for _ in range(2)),
+                  *(empty(*per_block, dtype=torch.float32) for _ in range(2))]
+        sizes = sizes | dict(D=D, E=E, M=M, BLOCKS=blocks)
+        grid = (-(-N // (sizes["IMAGES"] * sizes["T"])),)
+        for layer in range(L):
+            _layer_forward[grid](layer, B, perms, z, s, *weights, x, *kept, *scales, **sizes, KEEP=keep)
+        ctx.save_for_backward(perms, z, s, *weights, x, *kept, *scales)
+        ctx.sizes, ctx.grid = sizes, grid
+        return z[L], s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_zK, grad_s):
+        perms, z, s, *saved = ctx.saved_tensors
+        embed, position, queries, wq, bq, wkv, bkv, wo, bo, w1, b1, w2, b2, wh, bh = saved[:15]
+        x, tokens, f, n_q, a, n_m, q, kv, u, *scales = saved[15:]
+        L, B, D = s.shape
+        grad_z, grad_s = torch.empty_like(z), grad_s.contiguous()
+        grad_z[L] = grad_zK
+        g_tokens, g_queries, g_head = torch.empty_like(tokens), torch.empty_like(tokens), x.new_empty(*x.shape[:2], len(bh[0]))
+        g_q, g_kv, g_o, silu, g_u, g_2 = (torch.empty_like(t) for t in (q, kv, a, u, u, a))
+        for layer in reversed(range(L)):
+            _layer_backward[ctx.grid](
+                layer, B, perms, z, s, grad_z, grad_s, embed, wq, wkv, wo, w1, w2, wh, tokens, f, n_q, n_m, q, kv,
+                u, *scales, g_tokens, g_queries, g_q, g_kv, g_o, silu, g_u, g_2, g_head, **ctx.sizes)
+
+        def products(grad, given):
+            """The gradient of each matrix: (..., N, out), (..., N, in) -> (..., out, in)."""
+            return grad.transpose(-1, -2) @ given
+
+        def over_rows(grad):
+            return grad.sum(-2, dtype=torch.float32)
+
+        def over_images(grad):
+            return grad.unflatten(1, (B, -1)).sum(1, dtype=torch.float32)
+
+        return (grad_z[0], None, None, products(g_tokens, x), over_images(g_tokens), over_images(g_queries),
+                products(g_q, n_q), over_rows(g_q), products(g_kv, tokens[:, None]), over_rows(g_kv),
+                products(g_o, a), over_rows(g_o), products(g_u, n_m), over_rows(g_u), products(g_2, silu), over_rows(g_2),
+                products(g_head, f), over_rows(g_head))
+
+
+def fused_sizes(flow):
+    """What the kernels are compiled for, or None where they cannot be: no Triton, an amortised flow, or sizes that are no
+    powers of two or too small for matrix units."""
+    first = flow.couplings[0].cond_b
+    T, E, heads, hidden = first.seq_len, first.head.in_features, first.blocks[0].heads, first.blocks[0].mlp[0].out_features
+    powers = all(n & (n - 1) == 0 for n in (T, E, heads, hidden))
+    if triton is None or flow.context_dim or not powers or E < 16 * heads or hidden < 16 or T > 64:
+        return None
+    W = flow.dim // (2 * T)
+    return dict(bound=flow.scale_bound, T=T, W=W, WP=max(16, 1 << (W - 1).bit_length()), HEADS=heads, IMAGES=max(1, 16 // T),
+                CHUNK=min(64, hidden))
+
+
+def fused_transform(flow, z0):
+    """BiCrossAttnFlow.transform by the kernels."""
+    with no_autocast(z0.device.type):
+        return FusedCouplings.apply(full_precision(z0).contiguous(), torch.stack([c.perm for c in flow.couplings]),
+                                    fused_sizes(flow), *flow.fold_norms(*stacked_weights(flow)))
+
+
+def check_fused(flow, batch, perturb=0.05, seed=0):
+    """Do the kernels compute what the layers do? Relative errors, each of the worst kind of weight or output: of the kernels in
+    bf16, and of autocast, which rounds as much; both against float32, on a perturbed copy on the flow's device."""
+    device = next(flow.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    probe = perturb_(copy.deepcopy(flow).cpu(), perturb, generator).to(device).train()
+    z0, grad_zK, grad_s = (torch.randn(*shape, batch, flow.dim, generator=generator).to(device)
+                           for shape in ((), (), (len(flow.couplings),)))
+
+    def results(fold_norms, amp):
+        """{kind: values}"""
+        probe.fold_norms, z = fold_norms, z0.clone().requires_grad_()
+        probe.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            zK, s = probe.transform(z)
+        torch.autograd.backward([zK, s], [grad_zK, grad_s])
+        found = {"zK": [zK.detach()], "s": [s.detach()], "z0": [z.grad]}
+        for name, p in probe.named_parameters():
+            found.setdefault(name.split(".", 3)[-1], []).append(p.grad)
+        return {kind: torch.cat([x.flatten() for x in values]) for kind, values in found.items()}
+
+    with no_autocast(device.type):
+        exact = results(None, False)
+        return tuple(max(((found[kind] - x).norm() / x.norm()).item() for kind, x in exact.items())
+                     for found in (results(FoldNorms(torch.bfloat16), False), results(None, True)))

@@ -8,6 +8,9 @@ is replaced by gradients of the right shapes.
 import contextlib
 import copy
 import functools
+import os
+import subprocess
+import sys
 import types
 
 import lpips as lpips_library
@@ -26,7 +29,8 @@ except ImportError:                                                          # 2
     FakeTensorDeviceMismatchError = RuntimeError
 
 import train
-from models.vamp_flow import CrossFlowVampVAE, perturb_
+from models import vamp_flow
+from models.vamp_flow import BiCrossAttnFlow, CrossFlowVampVAE, perturb_
 
 VARIANTS = [(), ("--preset", "best", "--hidden_dims", "16", "32"), ("--prior", "standard", "--flow_length", "0"),
             ("--flow_context", "encoder"), ("--flow_prior", "pushed"), ("--balance", "1", "--mixture_weights", "learned"),
@@ -241,7 +245,8 @@ def test_a_recorded_step_is_the_step(request, monkeypatch, flags, device, amp):
         torch.manual_seed(0)
         model = perturb_(CrossFlowVampVAE(**train.model_args_of(args)), 0.05, torch.Generator().manual_seed(0)).to(device)
         trainer = train.Trainer(args, model, None, 3, args.batch_size, None, "")
-        before = [p.clone() for p in model.parameters()]
+        # (Detached: a graph that outlives a step keeps it from being recorded.)
+        before = [p.detach().clone() for p in model.parameters()]
         if recorded:
             if amp:
                 train.round_together(trainer)
@@ -277,6 +282,78 @@ def test_rounded_weights_are_those_of_autocast(flags):
         found.append([*(v.detach() for v in terms.values()), *(p.grad.clone() for p in trainer.parameters)])
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
     assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2]))    # which is float32's
+
+
+# (batch, arguments of the flow): batches that fill the last program of a kernel, and that do not.
+KERNEL_CASES = [(4, (16, 2, 2, 32, 2, 1, None, 4, 1.5)), (5, (24, 2, 2, 32, 1, 2, None, 1, 1.5)),
+                (3, (32, 2, 8, 64, 2, 2, None, 2, 1.5)), (2, (96, 1, 4, 32, 1, 1, None, 4, 0.5)),
+                (1, (32, 1, 16, 16, 1, 2, None, 2, 1.5))]
+
+
+def flow_results(flow, batch, fold_norms):
+    """{name: value} of latent, log-scales and every gradient, with the kernels or without."""
+    flow, generator = perturb_(copy.deepcopy(flow), 0.2, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    z, grad_z = (torch.randn(batch, flow.dim, generator=generator) for _ in range(2))
+    grad_s = torch.randn(len(flow.couplings), batch, flow.dim, generator=generator)
+    flow.fold_norms = fold_norms
+    zK, s = flow.transform(z.requires_grad_())
+    torch.autograd.backward([zK, s], [grad_z, grad_s])
+    return {"zK": zK.detach(), "s": s.detach(), "z0": z.grad, **{name: p.grad for name, p in flow.named_parameters()}}
+
+
+def kernel_results(path):
+    """What test_kernels_compute_what_the_layers_do runs in a process of its own."""
+    torch.manual_seed(0)
+    flows = [(BiCrossAttnFlow(*sizes), batch) for batch, sizes in KERNEL_CASES]
+    torch.save([(flow_results(flow, batch, None), flow_results(flow, batch, vamp_flow.FoldNorms(torch.float32)))
+                for flow, batch in flows], path)
+
+
+def test_kernels_compute_what_the_layers_do(tmp_path):
+    """In float32, by Triton's interpreter, which runs a kernel with NumPy and has to be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    work = f"import test_gpu; test_gpu.kernel_results({str(tmp_path / 'results')!r})"
+    subprocess.run([sys.executable, "-c", work], check=True,
+                   env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)})
+    for wanted, found in torch.load(tmp_path / "results"):
+        assert not all(torch.equal(found[name], value) for name, value in wanted.items())        # not the layers again
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)
+
+
+def test_which_flows_have_kernels():
+    pytest.importorskip("triton")
+    for flow, fits in ((BiCrossAttnFlow(128), True), (BiCrossAttnFlow(128, context_dim=8), False),
+                       (BiCrossAttnFlow(24, seq_len=3), False), (BiCrossAttnFlow(32, embed_dim=48, heads=2), False),
+                       (BiCrossAttnFlow(32, embed_dim=32, heads=4), False)):
+        assert (vamp_flow.fused_sizes(flow) is not None) == fits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 37, 128])
+@pytest.mark.parametrize("sizes", [{}, dict(dim=16, length=2, seq_len=2, embed_dim=32, heads=2, layers=1),
+                                   dict(dim=96, length=2, embed_dim=64, heads=2)], ids=str)
+def test_kernels_on_a_gpu(sizes, batch):
+    """In bf16 as near to float32 as autocast is, and the same bits every time; training uses them, the rest does not."""
+    flow = BiCrossAttnFlow(**{"dim": 128, **sizes}).cuda()
+    error, allowed = vamp_flow.check_fused(flow, batch)
+    assert 0 < error <= 2 * allowed + 0.01
+    train.fuse_flow(flow, batch)
+    assert flow.fold_norms is not None
+    perturb_(flow.cpu(), 0.05, torch.Generator().manual_seed(0)).cuda()
+    z = torch.randn(batch, flow.dim, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+    found = []
+    for _ in range(2):
+        zK, s = flow.transform(z)
+        found.append([zK, s, *torch.autograd.grad(zK.square().sum() + s.square().sum(), [z, *flow.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert flow.inverse(flow.eval()(z)[0])[0].sub(z).abs().max() < 1e-4
+
+
+def test_no_kernels_is_a_note(capsys):
+    flow = BiCrossAttnFlow(16, length=1, seq_len=2, embed_dim=32, heads=2)
+    train.fuse_flow(flow, 4)
+    assert flow.fold_norms is None and capsys.readouterr().out.startswith("note: the flow's kernels do not work here (")
 
 
 def test_no_recording_is_a_note(capsys):

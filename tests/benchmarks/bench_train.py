@@ -12,6 +12,7 @@ Cases
     fast     the flags that train.py chooses on this device (bf16, channels_last, compile and cuda_graph on a GPU)
     no_graph    the same with --no-cuda_graph
     no_compile  the same with --no-compile
+    no_fused    the same with --no-fused_flow
     compile  float32 with --channels_last --compile
 
 One JSON line for each case (report.py says what stands in it), with the share of the device's measured matrix rate that the
@@ -23,6 +24,7 @@ arithmetic is the same, and nothing is downloaded. The images are random: their 
 (--hidden_dims, ...) are taken too.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import statistics
@@ -37,9 +39,11 @@ from report import print_line, report, rounded, synchronize, take_turns
 import train
 from utils import MemoryImages, pick_device
 
-# --amp bf16, --channels_last, --compile, --cuda_graph of each case; None: as train.py chooses on the device.
-SETTINGS = {"eager": (False, False, False, False), "layout": (False, True, False, False), "compile": (False, True, True, False),
-            "fast": (None, None, None, None), "no_graph": (None, None, None, False), "no_compile": (None, None, False, None)}
+# --amp bf16, --channels_last, --compile, --cuda_graph, --fused_flow of each case; None: as train.py chooses on the device.
+SETTINGS = {"eager": (False, False, False, False, False), "layout": (False, True, False, False, False),
+            "compile": (False, True, True, False, False), "fast": (None, None, None, None, None),
+            "no_graph": (None, None, None, False, None), "no_compile": (None, None, False, None, None),
+            "no_fused": (None, None, None, None, False)}
 
 
 def random_lpips():
@@ -60,12 +64,14 @@ def make_trainer(args, flags, images, lpips, device, channels_last):
 class Fast:
     """train.py's own steps, for `steps` at a time."""
 
-    def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled, graph):
+    def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled, graph, fused):
         self.trainer, self.amp = make_trainer(args, flags, images, lpips, device, channels_last), amp
         self.data = MemoryImages(images, device)
         eager, blank = self.trainer.criterion, torch.zeros_like(self.data.images[:args.batch_size])
         start = time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):            # they say what they do; standard output is for JSON
+            if fused and amp and self.trainer.model.flow is not None and train.fused_sizes(self.trainer.model.flow):
+                train.fuse_flow(self.trainer.model.flow, args.batch_size)
             if amp:
                 train.round_together(self.trainer)
             if compiled:
@@ -73,7 +79,9 @@ class Fast:
             if graph:
                 train.record_step(self.trainer, blank, amp)
         # It goes on without where one of them fails.
-        self.about = {"compiled": self.trainer.criterion is not eager, "cuda_graph": self.trainer.graph is not None,
+        flow = self.trainer.model.flow
+        self.about = {"fused_flow": flow is not None and flow.fold_norms is not None,
+                      "compiled": self.trainer.criterion is not eager, "cuda_graph": self.trainer.graph is not None,
                       "preparation_s": rounded(time.monotonic() - start)}
         self.trainer.model.train()
 
@@ -245,6 +253,8 @@ def main():
     if args.parts:
         amp, layout, *_ = settings["fast"]
         trainer = make_trainer(args, flags, images, lpips, device, layout)
+        if cuda and amp and trainer.model.flow is not None and train.fused_sizes(trainer.model.flow):
+            train.fuse_flow(trainer.model.flow, args.batch_size)
         works = parts_of_step(trainer, amp)
         counts = {name: gflop(work) for name, work in works.items()}                            # and a warm-up
         for group in trainer.optimizer.param_groups:
@@ -265,14 +275,16 @@ def main():
             runs[args.profile].run(steps)
             synchronize(device)
             wall = 1e6 * (time.perf_counter() - start)
-        events = [e for e in profile.key_averages() if not cuda or e.device_type == torch.autograd.DeviceType.CUDA]
-        times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
-        total = sum(times.values())
-        longest = sorted(events, key=lambda e: -times[e.key])[:args.longest]
+        times, counts = collections.Counter(), collections.Counter()
+        for e in profile.key_averages():
+            if not cuda or e.device_type == torch.autograd.DeviceType.CUDA:
+                times[e.key[:120]] += e.self_device_time_total if cuda else e.self_cpu_time_total
+                counts[e.key[:120]] += e.count
+        total, longest = times.total(), [key for key, _ in times.most_common(args.longest)]
         print_line({"case": f"profile: {args.profile}", "us_a_step": rounded(wall / steps), "busy": rounded(total / wall),
-                    "operations_a_step": rounded(sum(e.count for e in events) / steps),
-                    "share_of_time": {e.key[:120]: rounded(times[e.key] / total) for e in longest},
-                    "times_a_step": {e.key[:120]: rounded(e.count / steps) for e in longest}, **about}, device)
+                    "operations_a_step": rounded(counts.total() / steps),
+                    "share_of_time": {key: rounded(times[key] / total) for key in longest},
+                    "times_a_step": {key: rounded(counts[key] / steps) for key in longest}, **about}, device)
 
 
 if __name__ == "__main__":
