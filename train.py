@@ -34,6 +34,7 @@ from models.vamp_flow import (
     PRIORS,
     CrossFlowVampVAE,
     FoldNorms,
+    UpConv2d,
     check_flow,
     check_fused,
     fused_sizes,
@@ -540,6 +541,20 @@ def same_kind(a, b):
     return type(a) is type(b) or (type(a), type(b)) == (int, float)
 
 
+@torch.no_grad()
+def lie_together(tensors):
+    """Move tensors, in place, into one block of memory, each as it lay by itself: what is then done to the block, which is
+    returned (N,), is done to all of them in one operation. None if there are none."""
+    if not tensors:
+        return None
+    room = [-(-t.numel() // 64) * 64 for t in tensors]    # matrix units want their matrices aligned
+    block = tensors[0].new_zeros(sum(room))
+    for t, part in zip(tensors, block.split(room)):
+        assert t.numel() == 0 or 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) == t.numel(), "has gaps"
+        t.data = part.as_strided(t.shape, t.stride()).copy_(t)
+    return block
+
+
 class Now(NamedTuple):
     """What changes from step to step: numbers, or tensors of one number where a CUDA graph reads them."""
     beta: float
@@ -573,6 +588,9 @@ class Trainer:
         # Walking through the modules at every step would cost a GPU more than the update itself.
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averages = [a for a, p in zip(self.ema.parameters(), model.parameters()) if p.requires_grad] if self.ema else []
+        if self.ema is not None:
+            assert all(a.stride() == p.stride() for a, p in zip(self.averages, self.parameters))
+            self.all_parameters, self.all_averages = lie_together(self.parameters), lie_together(self.averages)
         self.sums = torch.zeros(len(TERMS), device=self.device)         # of this epoch's steps so far, all processes
         self.unread = torch.zeros(len(TERMS), device=self.device)       # of this process's steps since the last read()
         self.first_bad = torch.zeros(len(TERMS), device=self.device)    # step (from 1) at which a term was not finite
@@ -595,23 +613,25 @@ class Trainer:
                    1 - min(self.args.ema_decay, (1 + step) / (10 + step)), step)
 
     @torch.no_grad()
+    def gradient_norm(self):
+        """Of all gradients together."""
+        return torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])).norm()
+
+    @torch.no_grad()
     def update_weights(self, norm, ema_share):
-        """Optimiser, projection and EMA; True (on the device) where --skip_grad_norm leaves the step out."""
-        skipped = ~(norm <= (self.args.skip_grad_norm or math.inf))
-        if self.args.skip_grad_norm:
-            if self.fused:                                # the kernels look at the flag: nothing waits for the device
-                self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
-                self.optimizer.step()
-            elif not skipped:
-                self.optimizer.step()
-        else:
+        """Clipping to --grad_clip, optimiser, projection and EMA; True (on the device) where --skip_grad_norm leaves the step
+        out. norm: of the gradients."""
+        args, skipped = self.args, ~(norm <= (self.args.skip_grad_norm or math.inf))
+        excess = (norm / args.grad_clip).clamp(min=1) if args.grad_clip else None
+        if self.fused:                                    # the kernels divide by one and look at the other: nothing waits
+            self.optimizer.grad_scale, self.optimizer.found_inf = excess, skipped.float() if args.skip_grad_norm else None
+        elif args.grad_clip:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], excess)
+        if self.fused or not (args.skip_grad_norm and skipped):
             self.optimizer.step()
         self.model.project_()
         if self.ema is not None:
-            # (Not _foreach_lerp_, which takes no weight from the device.)
-            difference = torch._foreach_sub(self.parameters, self.averages)
-            torch._foreach_mul_(difference, ema_share)
-            torch._foreach_add_(self.averages, difference)
+            self.all_averages.lerp_(self.all_parameters, ema_share)
         return skipped
 
     @torch.no_grad()
@@ -643,8 +663,11 @@ class Trainer:
 
     def state(self, optimizer=True):
         """The checkpoint: plain values and tensors only."""
+        def weights(model):                               # each by itself in the file, where it is one in the block
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
         return {
-            "model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
+            "model": weights(self.model), "ema": weights(self.ema) if self.ema else None,
             "optimizer": self.optimizer.state_dict() if optimizer else None,
             "scheduler": self.scheduler.state_dict() if optimizer else None,
             "epoch": self.epoch, "step": self.step, "best_fid": self.best_fid, "history": self.history,
@@ -778,9 +801,11 @@ class RoundedWeights:
     Autocast does so one by one, a thousand small kernels a step; the numbers are the same."""
 
     def __init__(self, network, model):
-        # Not those that autocast leaves alone (no_autocast): the encoder's head, and a flow of kernels, which round their own.
+        # Not those whose weights it does not round, but what is made of them, or nothing: the encoder's head (no_autocast),
+        # the decoder's up-convolutions and a flow of kernels.
         fused = model.flow is not None and model.flow.fold_norms is not None
-        others = {model.encoder.head, *(model.flow.modules() if fused else ())}
+        others = {model.encoder.head, *(m for m in model.decoder.modules() if isinstance(m, UpConv2d)),
+                  *(model.flow.modules() if fused else ())}
         layers = [(name, m) for name, m in network.named_modules()
                   if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and m not in others]
         named = {f"{layer}.{name}": p for layer, m in layers for name, p in m.named_parameters() if p.requires_grad}
@@ -922,7 +947,7 @@ def backward(trainer, x, eps, amp, beta):
 def whole_step(trainer, batch, flipped, eps, now, amp):
     """All that the device does in a training step. Nothing here waits for it."""
     terms = backward(trainer, prepared(batch, flipped), eps, amp, now.beta)
-    norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.args.grad_clip or math.inf)
+    norm = trainer.gradient_norm()
     skipped = trainer.update_weights(norm, now.ema_share)
     if trainer.args.skip_grad_norm:                       # counted, instead of spoiling the mean
         norm = torch.where(skipped, 0.0, norm)

@@ -127,6 +127,24 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
+class UpConv2d(nn.Conv2d):
+    """Nearest-neighbour doubling, then a 3x3 convolution with padding 1: (B, C, H, W) -> (B, C', 2H, 2W).
+
+    Of the four pixels that a pixel becomes, each sees 2x2 different ones, so that the sums of neighbouring taps make it a
+    transposed convolution of stride 2: 16 products a pixel instead of 36, and no enlarged copy of the input.
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x):
+        kernel = self.weight.transpose(0, 1)                                                    # (C, C', 3, 3)
+        for dim in (2, 3):
+            a, b, c = kernel.unbind(dim)
+            kernel = torch.stack([c, b + c, a + b, a], dim)                                     # (C, C', 4, 4) at the end
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
 class SelfAttention2d(nn.Module):
     """x + attention among the positions of norm(x): (B, C, H, W) -> the same."""
 
@@ -391,8 +409,8 @@ class Decoder(nn.Module):
         layers = [] if len(hidden_dims) > 1 else [SelfAttention2d(c_in)]
         widths = [*reversed(hidden_dims[:-1]), hidden_dims[0]]
         for i, c in enumerate(widths):
-            layers += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c_in, c, 3, padding=1)]
-            layers += [group_norm(c), nn.SiLU()]
+            # (The identity: in checkpoints the layers are numbered as they were when doubling was one of its own.)
+            layers += [nn.Identity(), UpConv2d(c_in, c), group_norm(c), nn.SiLU()]
             if i < len(widths) - 1:
                 layers += [ResBlock(c) for _ in range(blocks_per_stage)]
                 layers += [SelfAttention2d(c)] if i == 0 else []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import distributions as D
 
-from models.vamp_flow import CrossFlowVampVAE, component_log_probs, log_mixture, log_normal, perturb_
+from models.vamp_flow import CrossFlowVampVAE, UpConv2d, component_log_probs, log_mixture, log_normal, perturb_
 
 SMALL = dict(in_channels=1, img_size=8, latent_dim=8, hidden_dims=(8, 12), num_components=5, flow_length=3, flow_seq_len=2,
              flow_embed_dim=16, flow_heads=2, flow_layers=1)
@@ -19,6 +19,23 @@ def make(perturb=0.05, dtype=torch.float64, **kwargs):
 
 def images(n=4, channels=1, size=8, dtype=torch.float64):
     return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(3), dtype=dtype) * 2 - 1
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_up_convolution_is_doubling_and_convolution(memory_format):
+    """The image and all gradients."""
+    torch.manual_seed(0)
+    layer, plain = UpConv2d(5, 7).double(), torch.nn.Conv2d(5, 7, 3, padding=1).double()
+    plain.load_state_dict(layer.state_dict())
+    layer.to(memory_format=memory_format)
+    x, grad = torch.randn(2, 5, 4, 3).double().requires_grad_(), torch.randn(2, 7, 8, 6).double()
+    found = layer(x.contiguous(memory_format=memory_format))
+    wanted = plain(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    for a, b in zip([found, *torch.autograd.grad(found, [x, *layer.parameters()], grad)],
+                    [wanted, *torch.autograd.grad(wanted, [x, *plain.parameters()], grad)]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 # -- densities --------------------------------------------------------------------------------------------------------

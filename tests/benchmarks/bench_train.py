@@ -186,7 +186,7 @@ def parts_of_step(trainer, amp):
         value.backward()
 
     def optimiser():
-        trainer.update_weights(torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.args.grad_clip), 1e-3)
+        trainer.update_weights(trainer.gradient_norm(), 1e-3)
 
     return {**{name: lambda p=part: both(p) for name, part in forward.items()}, "clipping, optimiser and EMA": optimiser}
 
