@@ -142,6 +142,8 @@ class UpConv2d(nn.Conv2d):
         for dim in (2, 3):
             a, b, c = kernel.unbind(dim)
             kernel = torch.stack([c, b + c, a + b, a], dim)                                     # (C, C', 4, 4) at the end
+        if not self.weight.is_contiguous():
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
@@ -753,20 +755,8 @@ if triton is not None:
         return scale[:, None] * (grad - (tl.sum(grad, 1) / E)[:, None] - x * (tl.sum(grad * x, 1) / E)[:, None])
 
     @triton.jit
-    def _apart(x, of_head, HEADS: tl.constexpr):
-        """(R, E) -> (HEADS R, E): x for each head, zero but for the head's own channels."""
-        x = tl.reshape(tl.broadcast_to(x[None], (HEADS, x.shape[0], x.shape[1])), (HEADS * x.shape[0], x.shape[1]))
-        return tl.where(of_head, x, 0.0)
-
-    @triton.jit
-    def _together(x, of_head, HEADS: tl.constexpr):
-        """(HEADS R, E) -> (R, E): of each head its own channels."""
-        x = tl.where(of_head, x, 0.0)
-        return tl.sum(tl.reshape(x, (HEADS, x.shape[0] // HEADS, x.shape[1])), 0)
-
-    @triton.jit
     def _attention(q, k, same, scale):
-        """Of each token, for each head (HEADS R, E), to those of its image (R, E) -> (HEADS R, R)."""
+        """Of each token to those of its image."""
         score = tl.where(same, _dot(q, tl.trans(k)) * scale, float("-inf"))
         p = tl.exp(score - tl.max(score, 1)[:, None])
         return p / tl.sum(p, 1)[:, None]
@@ -781,14 +771,13 @@ if triton is not None:
         token, in WP places."""
         R: tl.constexpr = IMAGES * T
         HALF: tl.constexpr = D // 2
+        HD: tl.constexpr = E // HEADS
         kind = wq.dtype.element_ty
         N = tl.cast(B, tl.int64) * T                                                             # so are offsets of rows
         row = tl.program_id(0) * R + tl.arange(0, R)
         image, token, inside = row // T, row % T, row < N
-        place = tl.arange(0, HEADS * R)                                                          # head and row
-        e, w = tl.arange(0, E), tl.arange(0, WP)
-        same = ((tl.program_id(0) * R + place % R) // T)[:, None] == image[None, :]
-        of_head = (place // R)[:, None] == (e // (E // HEADS))[None, :]
+        same = image[:, None] == image[None, :]
+        e, w, o = tl.arange(0, E), tl.arange(0, WP), tl.arange(0, HD)
         cell = token[:, None] * W + w[None, :]                                                   # of a half
         real = inside[:, None] & (w < W)[None, :]
         rows_e = row[:, None] * E + e[None, :]
@@ -816,19 +805,23 @@ if triton is not None:
                     tl.store(kept_q + cb * N * E + rows_e, n16, mask=here)
                     tl.store(scale_q + cb * N + row, scale, mask=inside)
                 h += tl.load(bo + cb * E + e)[None, :]
-                q16 = (_dot(n16, tl.trans(_tile(wq + cb * E * E, e, e, E, None))) + tl.load(bq + cb * E + e)[None, :]).to(kind)
-                k = _dot(tokens16, tl.trans(_tile(wkv + 2 * cb * E * E, e, e, E, None)))
-                v = _dot(tokens16, tl.trans(_tile(wkv + (2 * cb + 1) * E * E, e, e, E, None)))
-                k16 = (k + tl.load(bkv + 2 * cb * E + e)[None, :]).to(kind)
-                v16 = (v + tl.load(bkv + (2 * cb + 1) * E + e)[None, :]).to(kind)
-                p = _attention(_apart(q16, of_head, HEADS), k16, same, (E // HEADS) ** -0.5)
-                a16 = _together(_dot(p.to(kind), v16), of_head, HEADS).to(kind)
-                h += _dot(a16, tl.trans(_tile(wo + cb * E * E, e, e, E, None)))
-                if KEEP:
-                    tl.store(q_ + cb * N * E + rows_e, q16, mask=here)
-                    tl.store(kv_ + 2 * cb * N * E + row[:, None] * 2 * E + e[None, :], k16, mask=here)
-                    tl.store(kv_ + 2 * cb * N * E + row[:, None] * 2 * E + E + e[None, :], v16, mask=here)
-                    tl.store(kept_a + cb * N * E + rows_e, a16, mask=here)
+                for head in range(HEADS):
+                    f = head * HD + o
+                    q = _dot(n16, tl.trans(_tile(wq + cb * E * E, f, e, E, None))) + tl.load(bq + cb * E + f)[None, :]
+                    k = _dot(tokens16, tl.trans(_tile(wkv + 2 * cb * E * E, f, e, E, None)))
+                    k += tl.load(bkv + 2 * cb * E + f)[None, :]
+                    v = _dot(tokens16, tl.trans(_tile(wkv + (2 * cb + 1) * E * E, f, e, E, None)))
+                    v += tl.load(bkv + (2 * cb + 1) * E + f)[None, :]
+                    q16, k16, v16 = q.to(kind), k.to(kind), v.to(kind)
+                    p = _attention(q16, k16, same, HD ** -0.5)
+                    a16 = _dot(p.to(kind), v16).to(kind)
+                    h += _dot(a16, tl.trans(_tile(wo + cb * E * E, e, f, E, None)))
+                    if KEEP:
+                        rows_f = row[:, None] * E + f[None, :]
+                        tl.store(q_ + cb * N * E + rows_f, q16, mask=here)
+                        tl.store(kv_ + 2 * cb * N * E + row[:, None] * 2 * E + f[None, :], k16, mask=here)
+                        tl.store(kv_ + 2 * cb * N * E + row[:, None] * 2 * E + E + f[None, :], v16, mask=here)
+                        tl.store(kept_a + cb * N * E + rows_f, a16, mask=here)
                 n, scale = _normalised(h, E)
                 n16 = n.to(kind)
                 if KEEP:
@@ -867,14 +860,13 @@ if triton is not None:
         """Reads grad_z[layer + 1], writes grad_z[layer] and the gradients of what each matrix multiplication gave (g_...)."""
         R: tl.constexpr = IMAGES * T
         HALF: tl.constexpr = D // 2
+        HD: tl.constexpr = E // HEADS
         kind = wq.dtype.element_ty
         N = tl.cast(B, tl.int64) * T                                                             # so are offsets of rows
         row = tl.program_id(0) * R + tl.arange(0, R)
         image, token, inside = row // T, row % T, row < N
-        place = tl.arange(0, HEADS * R)                                                          # head and row
-        e, w = tl.arange(0, E), tl.arange(0, WP)
-        same = ((tl.program_id(0) * R + place % R) // T)[:, None] == image[None, :]
-        of_head = (place // R)[:, None] == (e // (E // HEADS))[None, :]
+        same = image[:, None] == image[None, :]
+        e, w, o = tl.arange(0, E), tl.arange(0, WP), tl.arange(0, HD)
         cell = token[:, None] * W + w[None, :]
         real = inside[:, None] & (w < W)[None, :]
         rows_e = row[:, None] * E + e[None, :]
@@ -919,23 +911,27 @@ if triton is not None:
                 g += _normalised_backward(g_n, n, tl.load(scale_m + cb * N + row, mask=inside, other=0.0), E)
                 g16 = g.to(kind)
                 tl.store(g_o + cb * N * E + rows_e, g16, mask=here)
-                rows_kv = 2 * cb * N * E + row[:, None] * 2 * E + e[None, :]
-                q = _apart(tl.load(q_ + cb * N * E + rows_e, mask=here, other=0.0), of_head, HEADS)
-                k = tl.load(kv_ + rows_kv, mask=here, other=0.0)
-                v = tl.load(kv_ + rows_kv + E, mask=here, other=0.0)
-                p = _attention(q, k, same, (E // HEADS) ** -0.5)
-                g_a = _apart(_dot(g16, _tile(wo + cb * E * E, e, e, E, None)).to(kind), of_head, HEADS)
-                g_v = _dot(tl.trans(p.to(kind)), g_a).to(kind)
-                g_p = _dot(g_a, tl.trans(v))
-                g_score = (p * (g_p - tl.sum(g_p * p, 1)[:, None]) * (E // HEADS) ** -0.5).to(kind)
-                g_query = _together(_dot(g_score, k), of_head, HEADS).to(kind)
-                g_k = _dot(tl.trans(g_score), q).to(kind)
-                tl.store(g_q + cb * N * E + rows_e, g_query, mask=here)
-                tl.store(g_kv + rows_kv, g_k, mask=here)
-                tl.store(g_kv + rows_kv + E, g_v, mask=here)
-                g_n = _dot(g_query, _tile(wq + cb * E * E, e, e, E, None))
-                g_n_tokens += _dot(g_k, _tile(wkv + 2 * cb * E * E, e, e, E, None))
-                g_n_tokens += _dot(g_v, _tile(wkv + (2 * cb + 1) * E * E, e, e, E, None))
+                g_n = tl.zeros((R, E), tl.float32)
+                for head in range(HEADS):
+                    f = head * HD + o
+                    rows_f = cb * N * E + row[:, None] * E + f[None, :]
+                    rows_kv = 2 * cb * N * E + row[:, None] * 2 * E + f[None, :]
+                    q = tl.load(q_ + rows_f, mask=here, other=0.0)
+                    k = tl.load(kv_ + rows_kv, mask=here, other=0.0)
+                    v = tl.load(kv_ + rows_kv + E, mask=here, other=0.0)
+                    p = _attention(q, k, same, HD ** -0.5)
+                    g_a = _dot(g16, _tile(wo + cb * E * E, e, f, E, None)).to(kind)
+                    g_v = _dot(tl.trans(p.to(kind)), g_a).to(kind)
+                    g_p = _dot(g_a, tl.trans(v))
+                    g_score = (p * (g_p - tl.sum(g_p * p, 1)[:, None]) * HD ** -0.5).to(kind)
+                    g_query = _dot(g_score, k).to(kind)
+                    g_k = _dot(tl.trans(g_score), q).to(kind)
+                    tl.store(g_q + rows_f, g_query, mask=here)
+                    tl.store(g_kv + rows_kv, g_k, mask=here)
+                    tl.store(g_kv + rows_kv + E, g_v, mask=here)
+                    g_n += _dot(g_query, _tile(wq + cb * E * E, f, e, E, None))
+                    g_n_tokens += _dot(g_k, _tile(wkv + 2 * cb * E * E, f, e, E, None))
+                    g_n_tokens += _dot(g_v, _tile(wkv + (2 * cb + 1) * E * E, f, e, E, None))
                 n = tl.load(kept_q + cb * N * E + rows_e, mask=here, other=0.0).to(tl.float32)
                 g += _normalised_backward(g_n, n, tl.load(scale_q + cb * N + row, mask=inside, other=0.0), E)
             tl.store(g_queries + c * N * E + rows_e, g.to(kind), mask=here)
@@ -1013,7 +1009,9 @@ class FusedCouplings(torch.autograd.Function):
                 empty(*per_block, E), empty(*per_block, 2 * E), empty(*per_block, M)]
         scales = [*(empty(*per_conditioner, dtype=torch.float32) for _ in range(2)),
                   *(empty(*per_block, dtype=torch.float32) for _ in range(2))]
-        sizes = sizes | dict(D=D, E=E, M=M, BLOCKS=blocks)
+        # (Fastest on an H100 of what was tried: for few rows as many programs as they make, for many half of them.)
+        rows, warps = (16, 8) if N <= 2048 else (32, 4)
+        sizes = sizes | dict(D=D, E=E, M=M, BLOCKS=blocks, IMAGES=max(1, rows // sizes["T"]), num_warps=warps, num_stages=3)
         grid = (-(-N // (sizes["IMAGES"] * sizes["T"])),)
         for layer in range(L):
             _layer_forward[grid](layer, B, perms, z, s, *weights, x, *kept, *scales, **sizes, KEEP=keep)
@@ -1062,8 +1060,7 @@ def fused_sizes(flow):
     if triton is None or flow.context_dim or not powers or E < 16 * heads or hidden < 16 or T > 64:
         return None
     W = flow.dim // (2 * T)
-    return dict(bound=flow.scale_bound, T=T, W=W, WP=max(16, 1 << (W - 1).bit_length()), HEADS=heads, IMAGES=max(1, 16 // T),
-                CHUNK=min(64, hidden))
+    return dict(bound=flow.scale_bound, T=T, W=W, WP=max(16, 1 << (W - 1).bit_length()), HEADS=heads, CHUNK=min(64, hidden))
 
 
 def fused_transform(flow, z0):
