@@ -1205,8 +1205,9 @@ class StopRequest:
 
     def ask(self, signum, _frame):
         if self.signum:
-            # torchrun passes on the Ctrl-C that the terminal has sent to every process already.
-            if process_count() > 1 and time.monotonic() - self.when < 2:
+            # Not asked twice: `timeout` signals its program and then the program's group, and torchrun passes on the Ctrl-C
+            # that the terminal has sent to every process already.
+            if time.monotonic() - self.when < (2 if process_count() > 1 else 0.5):
                 return
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

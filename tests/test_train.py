@@ -335,7 +335,8 @@ def test_run_stopped_in_mid_epoch_resumes_to_the_same_bits(data, monkeypatch, tm
     def step_then_signal(trainer, *rest):
         step(trainer, *rest)
         if trainer.step == 7:                        # two steps into the second epoch of five
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):                       # as `timeout` does: once to the program, once to its group
+                os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train, "train_step", step_then_signal)
     with pytest.raises(SystemExit) as stop:
