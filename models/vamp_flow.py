@@ -29,8 +29,8 @@ try:
 except ImportError:                     # comes with PyTorch for CUDA only
     triton = None
 
-__all__ = ["log_normal", "component_log_probs", "log_mixture", "BiCrossAttnFlow", "check_flow", "check_fused", "Encoder", "Decoder",
-           "VAEOutput", "CrossFlowVampVAE"]
+__all__ = ["log_normal", "component_log_probs", "log_mixture", "BiCrossAttnFlow", "check_flow", "check_fused", "Encoder",
+           "Decoder", "VAEOutput", "CrossFlowVampVAE"]
 
 PRIORS = ("vamp", "mog", "standard")
 FLOW_PRIORS = ("unflowed", "pushed")
