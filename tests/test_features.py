@@ -52,6 +52,19 @@ def test_fid_equals_pytorch_fid_command_line(fake_hub, tmp_path):
     assert reference > 0.01                                   # the seeded network does tell the folders apart
 
 
+@pytest.mark.parametrize("dims", [64, 192, 768, 2048])
+def test_features_equal_those_of_pytorch_fid(fake_hub, dims):
+    """To the rounding of float32, with no batch norm left to do."""
+    from pytorch_fid.inception import InceptionV3
+    fake_hub.inception()
+    extractor = InceptionFeatures(torch.device("cpu"), dims)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in extractor.model.modules())
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[dims]]).double().eval()(images.double() / 255)[0].mean((2, 3))
+    assert (extractor(images) - wanted).norm() < 2e-6 * wanted.norm()
+
+
 def test_grey_images_have_the_features_of_their_rgb_copies(fake_hub):
     fake_hub.inception()
     extractor = InceptionFeatures(torch.device("cpu"), 192)
