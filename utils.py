@@ -1192,7 +1192,9 @@ class InceptionFeatures:
         for layer in model.modules():                     # one pass less over what each gives; rounding alone differs
             if isinstance(layer, BasicConv2d):
                 layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), torch.nn.Identity()
-        self.model = model.to(device)
+        # (On a GPU that layout is the slower one in float32.)
+        layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
+        self.model = model.to(device, memory_format=layout)
         self.device, self.dims = device, dims
         self.name = (f"pytorch-fid InceptionV3 ({weights_title(INCEPTION_FILE, self.sha256)}), {dims} dimensions, bilinear 299 "
                      f"without antialias")
