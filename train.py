@@ -699,7 +699,7 @@ class Trainer:
     def restore(self, checkpoint, path):
         if checkpoint.get("data_id") != self.data_id:
             raise UserError(f"--data_dir {self.args.data_dir}: not the images that {path} was trained on")
-        if checkpoint.get("lpips_id", self.lpips_id) != self.lpips_id:
+        if self.lpips_id and checkpoint.get("lpips_id", self.lpips_id) != self.lpips_id:
             raise UserError(f"--lpips_net {self.args.lpips_net}: {path} was trained with other weights than those in "
                             f"{hub_file(LPIPS_FILES[self.args.lpips_net])} (SHA-256 {str(checkpoint['lpips_id'])[:8]}...)")
         groups, schedule = self.optimizer.state_dict()["param_groups"], self.scheduler.state_dict()
