@@ -829,12 +829,13 @@ def save_rows(path, title, rows, group=1, headings=None, cell=0.6):
 @torch.no_grad()
 def component_rows(model, usage, seed, temperature, most=20, each=8):
     """Rows for save_rows: what a component stands for (a VampPrior's pseudo-input), its decoded mean, samples of it."""
-    mu_k, logvar_k = model.prior_params()
+    prior = mu_k, _ = model.prior_params()
     order = torch.tensor(usage).argsort(descending=True, stable=True)[:most]
     noise = torch.randn(len(order), each, model.latent_dim, generator=seeded("cpu", seed, "components")).to(mu_k)
     rows = []
     for k, eps in zip(order.tolist(), noise):
-        z = torch.cat([mu_k[k:k + 1], mu_k[k] + temperature * torch.exp(0.5 * logvar_k[k]) * eps])
+        draws = model.component_draws(torch.full((each,), k, device=mu_k.device), temperature * eps, prior)
+        z = torch.cat([mu_k[k:k + 1], draws])
         images = to_uint8(model.decode(model.from_mixture(z)))
         if model.pseudo_inputs is not None:
             images = torch.cat([to_uint8(model.pseudo_inputs[k:k + 1]), images])

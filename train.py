@@ -30,6 +30,7 @@ from models.vamp_flow import (
     DECODE_FROM,
     FLOW_CONTEXTS,
     FLOW_PRIORS,
+    MIXTURE_COVARIANCES,
     MIXTURE_WEIGHTS,
     PRIORS,
     CrossFlowVampVAE,
@@ -41,6 +42,7 @@ from models.vamp_flow import (
 )
 from utils import (
     DATA_CACHE,
+    LATENT_BLOCK,
     FlagParser,
     InceptionFeatures,
     LatentHealth,
@@ -180,6 +182,8 @@ def build_parser():
     group.add_argument("--decode_from", choices=DECODE_FROM, default="zK",
                        help="what the decoder sees; z0: the flow belongs to the prior alone")
     group.add_argument("--mixture_weights", choices=MIXTURE_WEIGHTS, default="uniform", help="of the prior's components")
+    group.add_argument("--mixture_covariance", choices=MIXTURE_COVARIANCES, default="diag",
+                       help="of the components of --prior mog; with --fit_prior, full ones start by EM")
     group.add_argument("--posterior_std", type=float, default=0.0, help="one sigma for every posterior, 0 = the encoder's")
     group.add_argument("--scale_bound", type=float, default=2.0, help="bound of the flow's log-scales")
     group.add_argument("--logvar_clamp", type=float, nargs=2, default=[-10.0, 10.0], help="bounds of the log-variance")
@@ -274,6 +278,8 @@ def check_flags(args, given):
          "prior without a flow"),
         (args.flow_length == 0 and args.decode_from == "z0", "--decode_from z0 with --flow_length 0: zK is z0 there"),
         (args.prior == "standard" and args.mixture_weights == "learned", "--mixture_weights with --prior standard: no mixture"),
+        (args.prior != "mog" and args.mixture_covariance == "full", f"--mixture_covariance full with --prior {args.prior}: "
+         f"needs --prior mog"),
         (args.prior == "standard" and args.balance > 0, "--balance with --prior standard: no mixture"),
         (args.flow_prior == "pushed" and args.flow_context == "encoder",
          "--flow_prior pushed with --flow_context encoder: the prior needs one flow for all images"),
@@ -338,15 +344,16 @@ TAKEN_FROM_FIRST_STAGE = ("dataset", "data_dir", "split_seed", "flip", "recon_lo
                           "lpips_linear")
 SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "posterior_std",
                            "logvar_clamp")
-# What the first stage's own prior can only be taken over with, beside a flow that is not longer than the new one.
-SHAPE_OF_PRIOR = ("prior", "num_components", "mixture_weights", "flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers",
-                  "flow_mlp_ratio", "scale_bound")
+# What the first stage's mixture and flow can only be taken over with, beside a flow that is not longer than the new one.
+SHAPE_OF_MIXTURE = ("prior", "num_components", "mixture_weights", "mixture_covariance")
+SHAPE_OF_FLOW = ("flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "scale_bound")
+EM_STEPS, EM_POINTS = 20, 2 ** 17   # of --mixture_covariance full in a second stage
 
 
 class FirstStage(NamedTuple):
     """What --fit_prior starts from: weights by their names in the model."""
     frozen: dict                # of the encoder and the decoder
-    prior: dict                 # of the mixture and the flow; empty where these start anew
+    prior: dict                 # of the mixture and the flow; without those that start anew
     flow_length: int            # layers of that flow
     note: str                   # for the screen
 
@@ -367,7 +374,7 @@ def read_first_stage(args, given):
     for name in set(TAKEN_FROM_FIRST_STAGE) - given - ({"data_dir"} if "dataset" in given else set()):
         setattr(args, name, checkpoint["args"].get(name, getattr(args, name)))
     if first["flow_length"]:
-        for name in {"flow_length", *SHAPE_OF_PRIOR} - given - {*PRESETS.get(args.preset, ())}:
+        for name in {"flow_length", *SHAPE_OF_MIXTURE, *SHAPE_OF_FLOW} - given - {*PRESETS.get(args.preset, ())}:
             setattr(args, name, first[name])
     if args.flow_length:
         if "decode_from" in given and args.decode_from != "z0":
@@ -380,13 +387,18 @@ def read_first_stage(args, given):
     frozen = {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
     if not first["flow_length"]:
         return FirstStage(frozen, {}, 0, "the prior starts anew")
-    other = [name for name in SHAPE_OF_PRIOR if getattr(args, name) != first[name]]
-    other += ["flow_length"] * (args.flow_length < first["flow_length"])
-    if other:
-        differ = ", ".join(f"--{name} {getattr(args, name)} (there {first[name]})" for name in other)
+    prior = {name: value for name, value in weights.items() if name not in frozen}
+    layers = f"the first stage's, {first['flow_length']} of {args.flow_length} flow layers"
+    other_flow = [name for name in SHAPE_OF_FLOW if getattr(args, name) != first[name]]
+    other_flow += ["flow_length"] * (args.flow_length < first["flow_length"])
+    other_mixture = [name for name in SHAPE_OF_MIXTURE if getattr(args, name) != first[name]]
+    differ = ", ".join(f"--{name} {getattr(args, name)} (there {first[name]})" for name in other_mixture + other_flow)
+    if other_flow or (other_mixture and args.mixture_covariance == "diag"):
         return FirstStage(frozen, {}, 0, f"the prior starts anew, not from the first stage's: {differ}")
-    return FirstStage(frozen, {name: value for name, value in weights.items() if name not in frozen}, first["flow_length"],
-                      f"the prior goes on from the first stage's, {first['flow_length']} of {args.flow_length} flow layers")
+    if other_mixture:           # which EM finds wherever the flow has brought the latents; other beginnings need it at rest
+        return FirstStage(frozen, {name: value for name, value in prior.items() if name.startswith("flow.")},
+                          first["flow_length"], f"the flow goes on from {layers}, the mixture starts anew: {differ}")
+    return FirstStage(frozen, prior, first["flow_length"], f"the prior goes on from {layers}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,7 +408,8 @@ def model_args_of(args):
     """The constructor arguments of CrossFlowVampVAE, as plain values for the checkpoint."""
     names = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "num_components", "prior",
              "flow_length", "flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "flow_prior",
-             "flow_context", "decode_from", "mixture_weights", "posterior_std", "scale_bound", "logvar_clamp")
+             "flow_context", "decode_from", "mixture_weights", "mixture_covariance", "posterior_std", "scale_bound",
+             "logvar_clamp")
     return {**{n: getattr(args, n) for n in names}, "perm_seed": args.seed}
 
 
@@ -502,6 +515,24 @@ def load_first_stage(model, first):
             state[name] = value
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     assert not unexpected, unexpected
+
+
+@torch.no_grad()
+def start_mixture(args, model, posteriors):
+    """--fit_prior with --mixture_covariance full: EM on samples of posteriors (N, 2, D, F), as encode_all leaves them."""
+    generator = seeded("cpu", args.seed, "mixture")
+    views = posteriors.images.shape[-1]
+    chosen = torch.randperm(len(posteriors) * views, generator=generator)[:EM_POINTS]
+    if len(chosen) < model.num_components:
+        raise UserError(f"--num_components {model.num_components}: only {len(chosen)} latents to fit them to")
+    device, points = next(model.parameters()).device, []
+    for some in chosen.split(LATENT_BLOCK):
+        mu, logvar = posteriors.images[some // views, ..., some % views].unbind(1)
+        eps = torch.randn(mu.shape, generator=generator)
+        out = model.carry(mu.to(device), logvar.to(device), eps.to(device))
+        points.append(model.mixture_latent(out))
+    print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
+    model.fit_mixture_(torch.cat(points), EM_STEPS, generator)
 
 
 class PriorFit(torch.nn.Module):
@@ -1323,7 +1354,11 @@ def train(stack):
     if first_stage:
         load_first_stage(model, first_stage)
         print(f"fit_prior   {first_stage.note}")
-    if not (first_stage and first_stage.prior):
+    stock = data                                          # what the steps train on
+    if first_stage and args.mixture_covariance == "full" and "prior_tril" not in first_stage.prior:
+        stock = encode_all(args, model, data, device)
+        start_mixture(args, model, stock)
+    elif not (first_stage and first_stage.prior):
         start_prior(args, model, data)
     trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint)
     if checkpoint is not None:
@@ -1339,9 +1374,8 @@ def train(stack):
             save_curves(trainer.history, folder / "curves.png")
             if pictures_due(trainer):
                 save_images(trainer, held_out, None)
-    stock = data                                          # what the steps train on
     if args.fit_prior:
-        trainer.network, stock = PriorFit(model), encode_all(args, model, data, device)
+        trainer.network, stock = PriorFit(model), encode_all(args, model, data, device) if stock is data else stock
     stop = StopRequest()
     if args.fused_flow:
         fuse_flow(model.flow, batch_size // process_count())

@@ -29,13 +29,14 @@ try:
 except ImportError:                     # comes with PyTorch for CUDA only
     triton = None
 
-__all__ = ["log_normal", "component_log_probs", "log_mixture", "BiCrossAttnFlow", "check_flow", "check_fused", "Encoder",
-           "Decoder", "VAEOutput", "CrossFlowVampVAE"]
+__all__ = ["log_normal", "component_log_probs", "log_mixture", "fit_mixture", "BiCrossAttnFlow", "check_flow", "check_fused",
+           "Encoder", "Decoder", "VAEOutput", "CrossFlowVampVAE"]
 
 PRIORS = ("vamp", "mog", "standard")
 FLOW_PRIORS = ("unflowed", "pushed")
 FLOW_CONTEXTS = ("none", "encoder")
 MIXTURE_WEIGHTS = ("uniform", "learned")
+MIXTURE_COVARIANCES = ("diag", "full")
 DECODE_FROM = ("zK", "z0")
 
 # Far above what any machine trains, far below what fills its memory or hours before a user can read why: a mistyped
@@ -84,19 +85,74 @@ def log_normal(z, mu, logvar):
     return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
-def component_log_probs(z, mu_k, logvar_k):
+def component_log_probs(z, mu_k, logvar_k, tril_k=None):
     """log N(z; mu_k, diag exp(logvar_k)) for every pair: (B, D), (K, D), (K, D) -> (B, K), in nats.
+
+    tril_k (K, D, D) gives the components a full covariance: T_k its strictly lower triangles (the rest is ignored),
+    (I + T_k)(z - mu_k) has the covariance diag exp(logvar_k). The determinant stays that of the diagonal.
 
     By direct differences: the expanded quadratic z.z - 2 z.mu + mu.mu is a faster matrix product, and off by whole
     nats where sigma is small.
     """
-    return log_normal(z[:, None], mu_k[None], logvar_k[None])
+    if tril_k is None:
+        return log_normal(z[:, None], mu_k[None], logvar_k[None])
+    with no_autocast(z.device.type):
+        difference = full_precision(z) - full_precision(mu_k)[:, None]                          # (K, B, D)
+        difference = difference + difference @ full_precision(tril_k).tril(-1).transpose(1, 2)
+        return log_normal(difference, torch.zeros_like(mu_k)[:, None], logvar_k[:, None]).T
 
 
-def log_mixture(z, mu_k, logvar_k, log_w=None):
-    """log sum_k w_k N(z; mu_k, diag exp(logvar_k)): (B, D), (K, D), (K, D), (K,) -> (B,), in nats; without log_w, w = 1/K."""
+def log_mixture(z, mu_k, logvar_k, log_w=None, tril_k=None):
+    """log sum_k w_k N(z; mu_k, diag exp(logvar_k)): (B, D), (K, D), (K, D), (K,) -> (B,), in nats; without log_w, w = 1/K;
+    tril_k as above."""
     log_w = -math.log(len(mu_k)) if log_w is None else log_w
-    return torch.logsumexp(component_log_probs(z, mu_k, logvar_k) + log_w, dim=1)
+    return torch.logsumexp(component_log_probs(z, mu_k, logvar_k, tril_k) + log_w, dim=1)
+
+
+@torch.no_grad()
+def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=None):
+    """EM for a mixture of Gaussians of full covariance: z (N, D) -> mu (K, D), logvar (K, D), tril (K, D, D), log_w (K,), as
+    log_mixture takes them.
+
+    It starts at the points nearest to each of K of them, in coordinates in which all points together have the covariance
+    I, and ends after so many steps. Every component's covariance is averaged with that of all points, which counts as
+    prior_count points (the MAP estimate under an inverse Wishart; D unless given): of components with fewer points than
+    dimensions the likelihood has no bound. The generator is of the CPU. Raises ValueError where N < K.
+    """
+    N, D = z.shape
+    if N < K:
+        raise ValueError(f"{K} components cannot be fitted to {N} points")
+    prior_count = D if prior_count is None else prior_count
+
+    def factor(covariance):
+        """U lower triangular, U covariance U^T = I; small, so on the CPU in float64, and back: (D, D)."""
+        lower = torch.linalg.cholesky(covariance.cpu().double())
+        return torch.linalg.solve_triangular(lower, torch.eye(D, dtype=torch.float64), upper=False)
+
+    centre = z.mean(0)
+    x = z - centre
+    # (The part of the unit matrix is for dimensions that hardly vary.)
+    total = x.T @ x / N
+    whiten = factor(total + 1e-6 * total.diagonal().mean() * torch.eye(D).to(total))
+    x = x @ whiten.T.to(x)
+    chosen = x[torch.randperm(N, generator=generator)[:K].to(x.device)]
+    share = F.one_hot(torch.cdist(x, chosen).argmin(1), K).to(x)                                # (N, K) responsibilities
+    for _ in range(steps):
+        count = share.sum(0)
+        log_w = (count.clamp(min=1e-6) / N).log() if learn_weights else torch.full_like(count, -math.log(K))
+        mu = share.T @ x / count.clamp(min=1e-6)[:, None]
+        factors, log_joint = [], torch.empty_like(share)
+        for k in range(K):
+            difference = x - mu[k]
+            scatter = (difference * share[:, k:k + 1]).T @ difference
+            factors.append(factor((scatter + prior_count * torch.eye(D).to(x)) / (count[k] + prior_count)))
+            distance = (difference @ factors[k].T.to(x)).square().sum(1)
+            log_joint[:, k] = log_w[k] + factors[k].diagonal().log().sum().to(x) - 0.5 * distance
+        share = torch.softmax(log_joint, 1)
+    upper = torch.stack(factors) @ whiten                                                       # of z - centre, float64
+    scale = upper.diagonal(dim1=1, dim2=2)
+    mu = torch.linalg.solve_triangular(whiten, mu.cpu().double().T, upper=False).T
+    return centre + mu.to(z), (-2 * scale.log()).to(z), (upper / scale[:, :, None]).tril(-1).to(z), log_w
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,6 +532,7 @@ class CrossFlowVampVAE(nn.Module):
                  flow_context="none",               # none | encoder
                  decode_from="zK",                  # zK | z0
                  mixture_weights="uniform",         # uniform | learned, of the vamp and mog priors
+                 mixture_covariance="diag",         # diag | full, of the mog prior
                  posterior_std=0.0,                 # sigma of q(z0|x) and so of vamp's components, 0 = the encoder's
                  scale_bound=2.0,                   # bound of the flow's log-scales
                  logvar_clamp=(-10.0, 10.0),        # of q(z0|x) and so of the prior's components
@@ -498,9 +555,12 @@ class CrossFlowVampVAE(nn.Module):
                              f"{latent_dim}, {blocks_per_stage}, {flow_length}")
         for name, value, choices in (("prior", prior, PRIORS), ("flow_prior", flow_prior, FLOW_PRIORS),
                                      ("flow_context", flow_context, FLOW_CONTEXTS), ("decode_from", decode_from, DECODE_FROM),
-                                     ("mixture_weights", mixture_weights, MIXTURE_WEIGHTS)):
+                                     ("mixture_weights", mixture_weights, MIXTURE_WEIGHTS),
+                                     ("mixture_covariance", mixture_covariance, MIXTURE_COVARIANCES)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        if mixture_covariance == "full" and prior != "mog":
+            raise ValueError(f"mixture_covariance 'full' needs prior 'mog', not {prior!r}")
         if prior != "standard" and num_components < 1:
             raise ValueError(f"num_components must be at least 1, not {num_components}")
         if flow_prior == "pushed" and flow_context == "encoder":
@@ -518,7 +578,8 @@ class CrossFlowVampVAE(nn.Module):
             raise ValueError(f"img_size {img_size} leaves {side} pixels a side after {len(hidden_dims)} halvings, more than "
                              f"{LARGEST_MAP}; give hidden_dims more entries")
         largest = max(2 * latent_dim * hidden_dims[-1] * side ** 2, 9 * max(hidden_dims) ** 2,
-                      flow_mlp_ratio * flow_embed_dim ** 2, num_components * in_channels * img_size ** 2 * (prior == "vamp"))
+                      flow_mlp_ratio * flow_embed_dim ** 2, num_components * in_channels * img_size ** 2 * (prior == "vamp"),
+                      num_components * latent_dim ** 2 * (mixture_covariance == "full"))
         if largest > LARGEST_TENSOR:
             raise ValueError(f"a single tensor of this model would hold {largest:,} numbers, more than {LARGEST_TENSOR:,}")
 
@@ -541,6 +602,8 @@ class CrossFlowVampVAE(nn.Module):
         elif prior == "mog":
             self.prior_mu = nn.Parameter(torch.randn(num_components, latent_dim))
             self.prior_logvar = nn.Parameter(torch.zeros(num_components, latent_dim))
+        full = mixture_covariance == "full"
+        self.prior_tril = nn.Parameter(torch.zeros(num_components, latent_dim, latent_dim)) if full else None
         learned = mixture_weights == "learned" and prior != "standard"
         self.prior_logits = nn.Parameter(torch.zeros(num_components)) if learned else None
 
@@ -592,13 +655,34 @@ class CrossFlowVampVAE(nn.Module):
             return self.encoder.head.weight.new_full((self.num_components,), -math.log(self.num_components))
         return torch.log_softmax(full_precision(self.prior_logits), 0)
 
+    def component_draws(self, k, eps, prior=None):
+        """Draws (n, D) of the components k (n,) from standard normal noise eps (n, D), where the mixture lives."""
+        mu_k, logvar_k = self.prior_params() if prior is None else prior
+        offset = torch.exp(0.5 * logvar_k[k]) * eps
+        if self.prior_tril is not None:                   # (I + T_k) offset' = offset; of all draws, so that no shape depends
+            for c, tril in enumerate(self.prior_tril.to(offset)):                               # on k and no device waits
+                solved = torch.linalg.solve_triangular(tril, offset.T, upper=False, unitriangular=True).T
+                offset = torch.where((k == c)[:, None], solved, offset)
+        return mu_k[k] + offset
+
+    @torch.no_grad()
+    def fit_mixture_(self, zK, steps, generator=None):
+        """Set the full-covariance mixture to what fit_mixture finds for points (N, D) of where it lives."""
+        learned = self.prior_logits is not None
+        mu, logvar, tril, log_w = fit_mixture(zK, self.num_components, steps, learned, generator=generator)
+        self.prior_mu.copy_(mu)
+        self.prior_logvar.copy_(logvar)
+        self.prior_tril.copy_(tril)
+        if learned:
+            self.prior_logits.copy_(log_w)
+
     def log_prior(self, zK):
         """log p(zK) in nats: (B, D) -> (B,)."""
         mu_k, logvar_k = self.prior_params()
         if self.flow is not None and self.flow_prior == "pushed":
             z0, inverse_log_det = self.flow.inverse(zK)
-            return log_mixture(z0, mu_k, logvar_k, self.log_weights()) + inverse_log_det
-        return log_mixture(zK, mu_k, logvar_k, self.log_weights())
+            return log_mixture(z0, mu_k, logvar_k, self.log_weights(), self.prior_tril) + inverse_log_det
+        return log_mixture(zK, mu_k, logvar_k, self.log_weights(), self.prior_tril)
 
     # -- posterior --------------------------------------------------------------------------------------------------
 
@@ -684,20 +768,20 @@ class CrossFlowVampVAE(nn.Module):
     def kl_terms(self, out):
         """The one-sample KL of a VAEOutput and its parts, in nats per image: KLTerms of (B,)."""
         log_q0 = log_normal(out.z0, out.mu, out.logvar)
-        log_p = log_mixture(self.mixture_latent(out), out.mu_k, out.logvar_k, self.log_weights())
+        log_p = log_mixture(self.mixture_latent(out), out.mu_k, out.logvar_k, self.log_weights(), self.prior_tril)
         if self.flow_prior == "pushed":
             log_p = log_p - out.log_det
         return KLTerms(log_q0 - out.log_det - log_p, log_q0, out.log_det, log_p)
 
     def responsibilities(self, out):
         """p(k | z) of the prior's components for a VAEOutput: (B, K)."""
-        log_joint = component_log_probs(self.mixture_latent(out), out.mu_k, out.logvar_k) + self.log_weights()
-        return torch.softmax(log_joint, 1)
+        log_p_k = component_log_probs(self.mixture_latent(out), out.mu_k, out.logvar_k, self.prior_tril)
+        return torch.softmax(log_p_k + self.log_weights(), 1)
 
     # -- generation -------------------------------------------------------------------------------------------------
 
     def sample_latents(self, n, temperature=1.0, generator=None, prior=None):
-        """n draws from the prior, k by its weights, N(mu_k, (temperature sigma_k)^2), as what the decoder takes -> (n, D).
+        """n draws from the prior, k by its weights, N(mu_k, temperature^2 Sigma_k), as what the decoder takes -> (n, D).
 
         Drawn on the generator's device (the CPU without one), so that a seed gives the same latents on any device.
         prior, (mu_k, logvar_k) from prior_params(), spares encoding the pseudo-inputs again.
@@ -710,8 +794,7 @@ class CrossFlowVampVAE(nn.Module):
             weights = self.log_weights().exp().to(device)
             k = torch.multinomial(weights, n, replacement=True, generator=generator).to(mu_k.device)
         eps = torch.randn(n, self.latent_dim, generator=generator, device=device).to(mu_k)
-        z = mu_k[k] + temperature * torch.exp(0.5 * logvar_k[k]) * eps
-        return self.from_mixture(z)
+        return self.from_mixture(self.component_draws(k, temperature * eps, (mu_k, logvar_k)))
 
     @torch.no_grad()
     def sample(self, n, temperature=1.0, generator=None):

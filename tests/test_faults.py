@@ -557,7 +557,7 @@ def test_flags_and_model_of_a_checkpoint_belong_together(checkpoint, call):
 
 def test_checkpoints_from_before_a_flag_are_taken(checkpoint, call, tmp_path):
     def older(c):
-        for name in ("decode_from", "mixture_weights", "posterior_std"):
+        for name in ("decode_from", "mixture_weights", "mixture_covariance", "posterior_std"):
             del c["args"][name], c["model_args"][name]
     path = checkpoint(older)
     assert read_checkpoint(path)["model_args"]["decode_from"] == "zK"
@@ -811,6 +811,8 @@ def sensible(flags):
         flags |= {"flow_context": "none"}
     if flags["flow_length"] == 0 or flags["flow_prior"] == "pushed" or flags["flow_context"] == "encoder":
         flags |= {"decode_from": "zK"}
+    if flags["prior"] != "mog":
+        flags |= {"mixture_covariance": "diag"}
     return flags | ({"mixture_weights": "uniform", "balance": 0} if flags["prior"] == "standard" else {})
 
 
@@ -821,7 +823,8 @@ GOOD_FLAGS = st.fixed_dictionaries({
     "flow_length": one_of(0, 1, 3), "flow_seq_len": one_of(1, 2, 4), "flow_embed_dim": one_of(4, 12),
     "flow_heads": one_of(1, 2, 4), "flow_layers": one_of(1, 2), "flow_mlp_ratio": one_of(1, 3),
     "flow_prior": one_of("unflowed", "pushed"), "decode_from": one_of("zK", "z0"), "balance": one_of(0, 3),
-    "mixture_weights": one_of("uniform", "learned"), "posterior_std": one_of(0, 0.1, 3), "skip_grad_norm": one_of(0, 1e3),
+    "mixture_weights": one_of("uniform", "learned"), "mixture_covariance": one_of("diag", "full"),
+    "posterior_std": one_of(0, 0.1, 3), "skip_grad_norm": one_of(0, 1e3),
     "flow_context": one_of("none", "encoder"), "scale_bound": one_of(1e-3, 2, 50), "recon_loss": one_of("l1", "mse"),
     "logvar_clamp": one_of((-10, 10), (-1, 0), (0, 1)), "beta_max": one_of(0, 0.2, 100), "warmup_epochs": one_of(0, 0.5, 20),
     "free_bits": one_of(0, 0.5, 1e9), "batch_size": one_of(1, 4, 9), "lr": one_of(1e-4, 0.1), "weight_decay": one_of(0, 0.1),

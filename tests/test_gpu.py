@@ -35,7 +35,7 @@ from models.vamp_flow import BiCrossAttnFlow, CrossFlowVampVAE, perturb_
 VARIANTS = [(), ("--preset", "best", "--hidden_dims", "16", "32"), ("--prior", "standard", "--flow_length", "0"),
             ("--flow_context", "encoder"), ("--flow_prior", "pushed"), ("--balance", "1", "--mixture_weights", "learned"),
             ("--skip_grad_norm", "10", "--grad_clip", "0"), ("--ema_decay", "0", "--recon_loss", "mse"),
-            ("--posterior_std", "0.1")]
+            ("--posterior_std", "0.1"), ("--prior", "mog", "--mixture_covariance", "full")]
 SMALL = ("--img_size", "16", "--hidden_dims", "16", "32", "--latent_dim", "16", "--flow_seq_len", "4", "--flow_embed_dim", "16",
          "--flow_length", "2", "--flow_layers", "1", "--num_components", "6", "--batch_size", "4")
 

@@ -1,14 +1,20 @@
 """The model: densities, the KL, priors, pseudo-inputs, sampling, shapes."""
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
+from sklearn.mixture import GaussianMixture
 from torch import distributions as D
 
-from models.vamp_flow import CrossFlowVampVAE, UpConv2d, component_log_probs, log_mixture, log_normal, perturb_
+from models.vamp_flow import CrossFlowVampVAE, UpConv2d, component_log_probs, fit_mixture, log_mixture, log_normal, perturb_
 
 SMALL = dict(in_channels=1, img_size=8, latent_dim=8, hidden_dims=(8, 12), num_components=5, flow_length=3, flow_seq_len=2,
              flow_embed_dim=16, flow_heads=2, flow_layers=1)
+
+
+FULL = dict(prior="mog", mixture_covariance="full")
 
 
 def make(perturb=0.05, dtype=torch.float64, **kwargs):
@@ -56,6 +62,83 @@ def test_log_mixture_matches_torch_distributions():
     assert component_log_probs(z, mu, logvar).shape == (7, 3)
 
 
+def gaussians(mu_k, logvar_k, tril_k=None):
+    """The components in torch.distributions."""
+    if tril_k is None:
+        return D.Independent(D.Normal(mu_k, (logvar_k / 2).exp()), 1)
+    shear = torch.eye(mu_k.shape[1]).to(mu_k) + tril_k.detach().tril(-1)
+    return D.MultivariateNormal(mu_k, precision_matrix=shear.mT @ torch.diag_embed((-logvar_k).exp()) @ shear)
+
+
+def test_components_of_full_covariance_match_torch_distributions():
+    """The densities, and draws by their covariance; what stands on and above the diagonal is ignored."""
+    torch.manual_seed(0)
+    z, mu, logvar, tril = (torch.randn(*shape).double() for shape in ((7, 4), (3, 4), (3, 4), (3, 4, 4)))
+    components = gaussians(mu, logvar, tril)
+    assert torch.allclose(component_log_probs(z, mu, logvar, tril), components.log_prob(z[:, None]), rtol=0, atol=1e-10)
+    log_w = torch.log_softmax(torch.randn(3).double(), 0)
+    mixture = D.MixtureSameFamily(D.Categorical(logits=log_w), components)
+    assert torch.allclose(log_mixture(z, mu, logvar, log_w, tril), mixture.log_prob(z), rtol=0, atol=1e-10)
+    model = make(latent_dim=4, num_components=3, **FULL)
+    with torch.no_grad():
+        model.prior_tril.copy_(tril)
+        k, n = torch.arange(3).repeat(20_000), 20_000
+        eps = torch.randn(3 * n, 4, generator=torch.Generator().manual_seed(0)).double()
+        draws = model.component_draws(k, eps, (mu, logvar))
+        for c in range(3):
+            expected = components.covariance_matrix[c]
+            error = (draws[k == c].T.cov() - expected).abs() / expected.diagonal().outer(expected.diagonal()).sqrt()
+            assert error.max() < 6 / n ** 0.5 and expected.tril(-1).abs().max() > 0.5 * expected.diagonal().min()
+
+
+def test_full_covariance_is_float32_under_autocast():
+    torch.manual_seed(0)
+    z, mu, logvar, tril = torch.randn(9, 64), torch.randn(5, 64), torch.full((5, 64), -6.0), torch.randn(5, 64, 64) / 8
+    with torch.autocast("cpu", torch.bfloat16):
+        got = component_log_probs(z, mu, logvar, tril)
+    exact = component_log_probs(z.double(), mu.double(), logvar.double(), tril.double())
+    assert got.dtype == torch.float32 and (got / exact - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("learn_weights", [True, False])
+def test_em_is_that_of_scikit_learn(learn_weights):
+    """From the same start, to the last step; and where the weights stay equal, the likelihood still rises."""
+    generator = torch.Generator().manual_seed(0)
+    truth = gaussians(*(2 * torch.randn(3, *shape, generator=generator).double() for shape in ((4,), (4,), (4, 4))))
+    torch.manual_seed(1)
+    z = truth.sample((400,)).flatten(0, 1) + 7
+
+    def fitted(steps):
+        mu, logvar, tril, log_w = fit_mixture(z, 3, steps, learn_weights, 0, torch.Generator().manual_seed(2))
+        return gaussians(mu, logvar, tril), log_w, log_mixture(z, mu, logvar, log_w, tril).mean()
+
+    (start, log_w, first), (found, _, last) = fitted(1), fitted(9)
+    assert last > first + 0.01
+    assert torch.allclose(log_w.exp().sum(), torch.tensor(1.0).double())
+    if learn_weights:
+        theirs = GaussianMixture(3, tol=0, reg_covar=0, max_iter=8, weights_init=log_w.exp().numpy(),
+                                 means_init=start.mean.numpy(), precisions_init=start.precision_matrix.numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                   # that eight steps are not convergence
+            theirs.fit(z.numpy())
+        assert theirs.score(z.numpy()) == pytest.approx(last.item(), abs=1e-5)
+        assert np.abs(theirs.means_ - found.mean.numpy()).max() < 1e-3
+
+
+def test_em_bears_components_with_fewer_points_than_dimensions():
+    """Held out, far better than the covariance of so few points alone, and no worse than one Gaussian of all by much."""
+    torch.manual_seed(0)
+    mixing = torch.randn(20, 20)
+    z, other = torch.randn(300, 20) @ mixing, torch.randn(300, 20) @ mixing
+    one, many = ([x for x in fit_mixture(z, K, 10, generator=torch.Generator().manual_seed(0))] for K in (1, 40))
+    score = [log_mixture(other, mu, logvar, log_w, tril).mean() for mu, logvar, tril, log_w in (one, many)]
+    assert all(torch.isfinite(x).all() for x in many) and score[1] > score[0] - 3
+    with pytest.raises(ValueError, match="301 components cannot be fitted to 300 points"):
+        fit_mixture(z, 301, 1)
+    flat = torch.cat([z, torch.zeros(300, 1)], 1)             # a dimension that does not vary
+    assert all(torch.isfinite(x).all() for x in fit_mixture(flat, 2, 3))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_mixture_in_float32_is_within_a_thousandth_of_a_nat_at_the_smallest_sigma(autocast):
     torch.manual_seed(0)
@@ -68,7 +151,7 @@ def test_mixture_in_float32_is_within_a_thousandth_of_a_nat_at_the_smallest_sigm
     assert (got - exact).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(flow_prior="pushed"), dict(prior="mog"), dict(prior="standard"),
+@pytest.mark.parametrize("kwargs", [{}, dict(flow_prior="pushed"), dict(prior="mog"), dict(prior="standard"), FULL,
                                     dict(flow_length=0), dict(flow_context="encoder"), dict(mixture_weights="learned")])
 def test_log_prior_is_a_density_and_the_one_kl_uses(kwargs):
     model = make(latent_dim=4, **kwargs)
@@ -134,7 +217,8 @@ def test_fixed_posterior_width_is_everyones():
 
 @pytest.mark.parametrize("kwargs", [dict(prior="standard", flow_length=0), dict(prior="standard"), {}, dict(prior="mog"),
                                     dict(flow_prior="pushed"), dict(flow_context="encoder"),
-                                    dict(mixture_weights="learned", decode_from="z0"), dict(posterior_std=0.3)])
+                                    dict(mixture_weights="learned", decode_from="z0"), dict(posterior_std=0.3),
+                                    {**FULL, "decode_from": "z0"}])
 def test_kl_equals_a_long_monte_carlo_average(kwargs):
     """Against log q(zK|x) built independently: the base normal in torch.distributions, the autograd Jacobian of the
     flow, and the prior by torch.distributions; sample by sample, and on average over other samples."""
@@ -147,7 +231,7 @@ def test_kl_equals_a_long_monte_carlo_average(kwargs):
         kl = model.kl_terms(model(x.expand(n, -1, -1, -1), eps, (mu_k, logvar_k))).kl
         mu, logvar, context = model.posterior(x)
     w_k = torch.ones(len(mu_k)).double() if model.prior_logits is None else model.prior_logits.detach().exp()
-    prior = D.MixtureSameFamily(D.Categorical(w_k), D.Independent(D.Normal(mu_k, (logvar_k / 2).exp()), 1))
+    prior = D.MixtureSameFamily(D.Categorical(w_k), gaussians(mu_k, logvar_k, model.prior_tril))
     base = D.Independent(D.Normal(mu, (logvar / 2).exp()), 1)
 
     def log_ratio(z0):

@@ -159,7 +159,7 @@ def test_overfits_eight_images(monkeypatch, tmp_path):
 @pytest.mark.parametrize("variant", [
     ["--prior", "mog"], ["--prior", "standard", "--flow_length", "0"], ["--flow_prior", "pushed"],
     ["--decode_from", "z0", "--mixture_weights", "learned", "--balance", "1"],
-    ["--posterior_std", "0.1", "--prior", "standard"],
+    ["--posterior_std", "0.1", "--prior", "standard"], ["--prior", "mog", "--mixture_covariance", "full"],
     ["--flow_context", "encoder"], ["--pseudo_init", "noise", "--num_components", "1"], ["--num_components", "60"],
     ["--ema_decay", "0", "--recon_loss", "mse", "--in_channels", "1", "--no-flip"], ["--cache_gb", "0", "--num_workers", "1"],
     ["--batch_size", "1", "--stop_epoch", "1"], ["--latent_dim", "2"], ["--amp", "bf16"], ["--batch_size", "1000"],
@@ -726,6 +726,40 @@ def test_second_stage_goes_on_from_the_prior_of_the_first(prior, data, monkeypat
     assert float(row["val_loss"]) == pytest.approx(0.2 * float(row["val_kl_raw"]))             # as train_loss: the prior alone
     main(monkeypatch, tmp_path, *flags, "--fit_prior", path, "--flow_embed_dim", 16, "--exp_name", "other")
     assert "starts anew, not from the first stage's: --flow_embed_dim 16 (there 8)" in capsys.readouterr().out
+
+
+def test_second_stage_with_full_covariances_starts_by_em(data, monkeypatch, tmp_path, capsys):
+    """On the first stage's flow, nearer to the latents than the first stage's mixture; it goes on from itself, with the same
+    bits after an interruption."""
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--lr", 1e-3]
+    main(monkeypatch, tmp_path, *flags, "--preset", "best", "--flow_length", 2, "--exp_name", "first",
+         "--epochs", 20, "--beta_max", 0.001, "--ema_decay", 0.5)
+    first = tmp_path / "results/first/last.pth"
+    second = ["--mixture_covariance", "full", "--num_components", 2, "--epochs", 2, "--lr", 1e-5]
+    main(monkeypatch, tmp_path, *flags, "--fit_prior", first, *second, "--exp_name", "second")
+    said = capsys.readouterr().out
+    assert "the flow goes on from the first stage's, 2 of 2 flow layers, the mixture starts anew: --num_components 2 " in said
+    assert "EM          20 steps for 2 components of full covariance, on 80 latents" in said
+    before, after = history(tmp_path / "results/first")[-1], history(tmp_path / "results/second")[0]
+    assert float(after["kl_raw"]) < 0.8 * float(before["kl_raw"])
+    state = weights(tmp_path / "results/second/last.pth")
+    assert state["model"]["prior_tril"].tril(-1).abs().max() > 0.01
+    for name, value in weights(first)["ema"].items():         # (the flow is trained with a rate of 1e-5)
+        if not name.startswith("prior"):
+            assert torch.allclose(state["model"][name], value, atol=1e-3), name
+
+    main(monkeypatch, tmp_path, *flags, "--fit_prior", first, *second, "--stop_epoch", 1, "--exp_name", "stopped")
+    main(monkeypatch, tmp_path, "--exp_name", "stopped", "--resume", "auto", "--stop_epoch", 2)
+    assert_same_run(tmp_path / "results/second", tmp_path / "results/stopped")
+    capsys.readouterr()
+    main(monkeypatch, tmp_path, *flags, "--fit_prior", tmp_path / "results/second/last.pth", "--num_components", 2,
+         "--exp_name", "third")
+    said = capsys.readouterr().out
+    assert "the prior goes on from the first stage's, 2 of 2 flow layers" in said and "EM " not in said
+    with pytest.raises(UserError, match="--num_components 81: only 80 latents"):
+        main(monkeypatch, tmp_path, *flags, "--fit_prior", first, *second, "--num_components", 81, "--exp_name", "x")
+    with pytest.raises(UserError, match="--mixture_covariance full with --prior vamp: needs --prior mog"):
+        main(monkeypatch, tmp_path, *flags, "--mixture_covariance", "full", "--exp_name", "x")
 
 
 def test_second_stage_takes_data_and_measure_from_the_first(data, monkeypatch, tmp_path):
