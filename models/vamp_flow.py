@@ -114,10 +114,10 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     """EM for a mixture of Gaussians of full covariance: z (N, D) -> mu (K, D), logvar (K, D), tril (K, D, D), log_w (K,), as
     log_mixture takes them.
 
-    It starts at the points nearest to each of K of them, in coordinates in which all points together have the covariance
-    I, and ends after so many steps. Every component's covariance is averaged with that of all points, which counts as
-    prior_count points (the MAP estimate under an inverse Wishart; D unless given): of components with fewer points than
-    dimensions the likelihood has no bound. The generator is of the CPU. Raises ValueError where N < K.
+    It starts at the clusters of ten steps of k-means and ends after so many steps of its own. Every component's
+    covariance is averaged with that of all points, which counts as prior_count points (the MAP estimate under an inverse
+    Wishart; D unless given): of components with fewer points than dimensions the likelihood has no bound. The generator
+    is of the CPU. Raises ValueError where N < K.
     """
     N, D = z.shape
     if N < K:
@@ -131,12 +131,14 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
 
     centre = z.mean(0)
     x = z - centre
+    means = x[torch.randperm(N, generator=generator)[:K].to(x.device)]
+    for _ in range(11):
+        share = F.one_hot(torch.cdist(x, means).argmin(1), K).to(x)                             # (N, K) responsibilities
+        means = share.T @ x / share.sum(0).clamp(min=1)[:, None]
     # (The part of the unit matrix is for dimensions that hardly vary.)
     total = x.T @ x / N
     whiten = factor(total + 1e-6 * total.diagonal().mean() * torch.eye(D).to(total))
     x = x @ whiten.T.to(x)
-    chosen = x[torch.randperm(N, generator=generator)[:K].to(x.device)]
-    share = F.one_hot(torch.cdist(x, chosen).argmin(1), K).to(x)                                # (N, K) responsibilities
     for _ in range(steps):
         count = share.sum(0)
         log_w = (count.clamp(min=1e-6) / N).log() if learn_weights else torch.full_like(count, -math.log(K))
