@@ -114,7 +114,8 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     """EM for a mixture of Gaussians of full covariance: z (N, D) -> mu (K, D), logvar (K, D), tril (K, D, D), log_w (K,), as
     log_mixture takes them.
 
-    It starts at the clusters of ten steps of k-means and ends after so many steps of its own. Every component's
+    It starts at the clusters of ten steps of k-means among the points' directions as seen from their mean (with the points
+    themselves, the few that lie far out would get clusters of their own) and ends after so many steps. Every component's
     covariance is averaged with that of all points, which counts as prior_count points (the MAP estimate under an inverse
     Wishart; D unless given): of components with fewer points than dimensions the likelihood has no bound. The generator
     is of the CPU. Raises ValueError where N < K.
@@ -131,10 +132,11 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
 
     centre = z.mean(0)
     x = z - centre
-    means = x[torch.randperm(N, generator=generator)[:K].to(x.device)]
+    directions = F.normalize(x)
+    means = directions[torch.randperm(N, generator=generator)[:K].to(x.device)]
     for _ in range(11):
-        share = F.one_hot(torch.cdist(x, means).argmin(1), K).to(x)                             # (N, K) responsibilities
-        means = share.T @ x / share.sum(0).clamp(min=1)[:, None]
+        share = F.one_hot(torch.cdist(directions, means).argmin(1), K).to(x)                    # (N, K) responsibilities
+        means = share.T @ directions / share.sum(0).clamp(min=1)[:, None]
     # (The part of the unit matrix is for dimensions that hardly vary.)
     total = x.T @ x / N
     whiten = factor(total + 1e-6 * total.diagonal().mean() * torch.eye(D).to(total))
