@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -29,6 +30,7 @@ import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: once there is a group, its functions' defaults would keep that
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -85,6 +87,7 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):               # a file name need not be text
         if hasattr(stream, "reconfigure"):                # not where somebody captures the output
             stream.reconfigure(errors="backslashreplace")
+    message = code = None
     try:
         main()
     except UserError as e:
@@ -93,15 +96,16 @@ def run(main):
         if e.errno not in ERRNO_HINTS:
             raise
         message = f"{os.fsdecode(e.filename or 'writing')}: {ERRNO_HINTS[e.errno]}"
-    except SystemExit:
-        leave_processes()
-        raise
+    except SystemExit as e:
+        code = e.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    else:
-        leave_processes()
-        return
+    if message is None:
+        leave_processes()                                 # down here, where no traceback keeps main()'s variables
+        if code is None:
+            return
+        sys.exit(code)
     who = "" if is_main() else f"process {dist.get_rank()}: "
     print("error: " + who + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(2)
@@ -205,7 +209,12 @@ def join_processes(device_name):
 
 
 def leave_processes():
+    """Without this a thread of gloo's may still hold a tensor of Python's when the interpreter is gone, and abort.
+
+    Such threads end with the last reference to the group, of which DistributedDataParallel has one.
+    """
     if process_count() > 1:
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -29,6 +29,40 @@ def flags(tmp_path):
             "--no-tensorboard", "--lr", 1e-3, "--free_bits", 0.05, "--sample_every", 2]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux shows them")
+@pytest.mark.parametrize("ending", ["", "sys.exit(130)"])
+def test_gloo_ends_before_the_interpreter(ending, tmp_path):
+    """What the threads of the group still hold when Python is gone ends the process with SIGABRT, now and then."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import utils
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def main():
+    global before
+    before = threads()
+    utils.join_processes("cpu")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.cycle = model
+    model(torch.ones(1, 2)).sum().backward()
+    print("during", threads() > before)
+    {ending}
+
+try:
+    utils.run(main)
+finally:
+    if os.environ["RANK"] == "0":
+        print("after", threads() > before)
+""")
+    done = torchrun(2, cwd=tmp_path, script=script)
+    assert done.stdout.split("\n")[:2] == ["during True", "after False"], done.stdout + done.stderr
+
+
 def numbers(rows, column):
     return [float(row[column]) for row in rows]
 
