@@ -323,10 +323,11 @@ def resolve_resume(args, given):
         raise UserError(f"{path}: holds no optimiser state (best_fid.pth never does); resume from last.pth")
     saved = checkpoint["args"]
     check_saved_flags(build_parser(), saved, path)
-    changed = sorted(k for k in given - MAY_DIFFER if k in saved and saved[k] != getattr(args, k))
+    known = {**checkpoint["model_args"], **saved}           # an older one lacks newer flags; read_checkpoint knows the model's
+    changed = sorted(k for k in given - MAY_DIFFER if k in known and known[k] != getattr(args, k))
     if changed:
         raise UserError(f"{path} was trained with other values of " + ", ".join(
-            f"--{k} ({saved[k]}, not {getattr(args, k)})" for k in changed) + "; leave them out, or start a new run")
+            f"--{k} ({known[k]}, not {getattr(args, k)})" for k in changed) + "; leave them out, or start a new run")
     for name, value in saved.items():
         if hasattr(args, name) and name not in given and name not in NOT_INHERITED:
             setattr(args, name, value)
@@ -376,6 +377,10 @@ def read_first_stage(args, given):
     if first["flow_length"]:
         for name in {"flow_length", *SHAPE_OF_MIXTURE, *SHAPE_OF_FLOW} - given - {*PRESETS.get(args.preset, ())}:
             setattr(args, name, first[name])
+    if args.prior != "mog" and "mixture_covariance" not in given:       # what the new prior has no use for
+        args.mixture_covariance = "diag"
+    if args.prior == "standard" and "mixture_weights" not in given:
+        args.mixture_weights = "uniform"
     if args.flow_length:
         if "decode_from" in given and args.decode_from != "z0":
             raise UserError(f"--decode_from {args.decode_from}: --fit_prior keeps the decoder, which takes z0")
@@ -533,6 +538,11 @@ def start_mixture(args, model, posteriors):
         points.append(model.mixture_latent(out))
     print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
     model.fit_mixture_(torch.cat(points), EM_STEPS, generator)
+    low, high = model.logvar_clamp
+    outside = ((model.prior_logvar < low) | (model.prior_logvar > high)).float().mean().item()
+    if outside:
+        print(f"note: {outside:.0%} of its log-variances lie outside of --logvar_clamp {low:g} {high:g}, the first stage's, "
+              f"and are held there")
 
 
 class PriorFit(torch.nn.Module):

@@ -118,11 +118,11 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     themselves, the few that lie far out would get clusters of their own) and ends after so many steps. Every component's
     covariance is averaged with that of all points, which counts as prior_count points (the MAP estimate under an inverse
     Wishart; D unless given): of components with fewer points than dimensions the likelihood has no bound. The generator
-    is of the CPU. Raises ValueError where N < K.
+    is of the CPU. Raises ValueError where N < K, or without a step.
     """
     N, D = z.shape
-    if N < K:
-        raise ValueError(f"{K} components cannot be fitted to {N} points")
+    if N < K or steps < 1:
+        raise ValueError(f"{K} components cannot be fitted to {N} points in {steps} steps")
     prior_count = D if prior_count is None else prior_count
 
     def factor(covariance):
@@ -137,9 +137,9 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     for _ in range(11):
         share = F.one_hot(torch.cdist(directions, means).argmin(1), K).to(x)                    # (N, K) responsibilities
         means = share.T @ directions / share.sum(0).clamp(min=1)[:, None]
-    # (The part of the unit matrix is for dimensions that hardly vary.)
-    total = x.T @ x / N
-    whiten = factor(total + 1e-6 * total.diagonal().mean() * torch.eye(D).to(total))
+    # (In float64, and a part of the unit matrix with it, for directions that hardly vary, or not at all.)
+    total = x.cpu().double().T @ x.cpu().double() / N
+    whiten = factor(total + 1e-6 * total.diagonal().mean().clamp(min=1e-6) * torch.eye(D))
     x = x @ whiten.T.to(x)
     for _ in range(steps):
         count = share.sum(0)
@@ -663,10 +663,10 @@ class CrossFlowVampVAE(nn.Module):
         """Draws (n, D) of the components k (n,) from standard normal noise eps (n, D), where the mixture lives."""
         mu_k, logvar_k = self.prior_params() if prior is None else prior
         offset = torch.exp(0.5 * logvar_k[k]) * eps
-        if self.prior_tril is not None:                   # (I + T_k) offset' = offset; of all draws, so that no shape depends
-            for c, tril in enumerate(self.prior_tril.to(offset)):                               # on k and no device waits
-                solved = torch.linalg.solve_triangular(tril, offset.T, upper=False, unitriangular=True).T
-                offset = torch.where((k == c)[:, None], solved, offset)
+        if self.prior_tril is not None:                   # (I + T_k) offset' = offset; as many matrices at a time as there are
+            offset = torch.cat([torch.linalg.solve_triangular(self.prior_tril[some].to(part), part[:, :, None], upper=False,
+                                                              unitriangular=True)[:, :, 0]
+                                for some, part in zip(k.split(self.num_components), offset.split(self.num_components))])
         return mu_k[k] + offset
 
     @torch.no_grad()

@@ -564,6 +564,8 @@ def test_checkpoints_from_before_a_flag_are_taken(checkpoint, call, tmp_path):
     for name, flags in (("more", ("--resume", path)), ("prior", (*TINY, "--fit_prior", path, "--flow_length", 0))):
         code, _, stderr = call(train.main, *flags, "--save_dir", tmp_path, "--exp_name", name)
         assert code == 0 or "its decoder takes what its flow makes" in stderr, stderr
+    assert_refused(call(train.main, "--resume", path, "--mixture_covariance", "full"), path,
+                   "was trained with other values of --mixture_covariance (diag, not full)")
 
 
 @pytest.mark.parametrize("change", [

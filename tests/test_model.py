@@ -135,8 +135,29 @@ def test_em_bears_components_with_fewer_points_than_dimensions():
     assert all(torch.isfinite(x).all() for x in many) and score[1] > score[0] - 3
     with pytest.raises(ValueError, match="301 components cannot be fitted to 300 points"):
         fit_mixture(z, 301, 1)
-    flat = torch.cat([z, torch.zeros(300, 1)], 1)             # a dimension that does not vary
-    assert all(torch.isfinite(x).all() for x in fit_mixture(flat, 2, 3))
+    with pytest.raises(ValueError, match="in 0 steps"):
+        fit_mixture(z, 2, 0)
+
+
+@pytest.mark.parametrize("points", [
+    torch.cat([torch.randn(300, 20), torch.zeros(300, 1)], 1), torch.ones(1, 5), torch.full((9, 5), -3.0),
+    torch.randn(4000, 1) * torch.ones(64) + 1e-3 * torch.randn(4000, 64),
+], ids=["a dimension that does not vary", "one point", "equal points", "64 dimensions that are all but one"])
+def test_em_bears_points_without_spread(points):
+    mu, logvar, tril, log_w = fit_mixture(points, 1 if len(points) == 1 else 2, 3)
+    assert all(torch.isfinite(x).all() for x in (mu, logvar, tril, log_w))
+    diagonal = D.Independent(D.Normal(points.mean(0), points.std(0, unbiased=False) + 1e-3), 1)
+    assert log_mixture(points, mu, logvar, log_w, tril).mean() > diagonal.log_prob(points).mean() - 1
+
+
+@pytest.mark.parametrize("n", [1, 3, 50])
+def test_draws_of_components_are_their_own(n):
+    """More and fewer draws than components, each with its component's matrix."""
+    model = make(0.5, **FULL)
+    k, eps = torch.randint(model.num_components, (n,)), torch.randn(n, model.latent_dim).double()
+    (mu, logvar), tril = model.prior_params(), model.prior_tril
+    whitened = (torch.eye(model.latent_dim) + tril[k].tril(-1)) @ (model.component_draws(k, eps) - mu[k])[:, :, None]
+    assert torch.allclose(whitened[:, :, 0], torch.exp(0.5 * logvar[k]) * eps, atol=1e-12)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -756,10 +756,29 @@ def test_second_stage_with_full_covariances_starts_by_em(data, monkeypatch, tmp_
          "--exp_name", "third")
     said = capsys.readouterr().out
     assert "the prior goes on from the first stage's, 2 of 2 flow layers" in said and "EM " not in said
+    again = [*flags, "--fit_prior", tmp_path / "results/second/last.pth", "--exp_name"]     # what other priors have no use for
+    for prior in ("vamp", "standard"):                                                      # is not taken over for them
+        main(monkeypatch, tmp_path, *again, prior, "--prior", prior)
+        taken = json.loads((tmp_path / "results" / prior / "args.json").read_text())
+        assert (taken["mixture_covariance"], taken["mixture_weights"]) == ("diag", "learned" if prior == "vamp" else "uniform")
     with pytest.raises(UserError, match="--num_components 81: only 80 latents"):
         main(monkeypatch, tmp_path, *flags, "--fit_prior", first, *second, "--num_components", 81, "--exp_name", "x")
     with pytest.raises(UserError, match="--mixture_covariance full with --prior vamp: needs --prior mog"):
         main(monkeypatch, tmp_path, *flags, "--mixture_covariance", "full", "--exp_name", "x")
+
+
+def test_second_stage_says_what_the_clamp_takes_from_em(data, monkeypatch, tmp_path, capsys):
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1]
+    main(monkeypatch, tmp_path, *flags, "--flow_length", 0, "--logvar_clamp", -0.1, 3, "--exp_name", "first")
+    capsys.readouterr()
+    for clamp, bounds in (("first", "-0.1 3"), ("wide", None)):
+        if clamp == "wide":
+            main(monkeypatch, tmp_path, *flags, "--flow_length", 0, "--exp_name", "wide")
+        main(monkeypatch, tmp_path, *flags, "--fit_prior", tmp_path / "results" / clamp / "last.pth", "--prior", "mog",
+             "--mixture_covariance", "full", "--num_components", 2, "--exp_name", f"second {clamp}")
+        said = capsys.readouterr().out
+        assert ("of its log-variances lie outside" in said) == (bounds is not None)
+        assert bounds is None or f"--logvar_clamp {bounds}, the first stage's" in said
 
 
 def test_second_stage_takes_data_and_measure_from_the_first(data, monkeypatch, tmp_path):
