@@ -148,7 +148,9 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
         factors, log_joint = [], torch.empty_like(share)
         for k in range(K):
             difference = x - mu[k]
-            scatter = (difference * share[:, k:k + 1]).T @ difference
+            seen = share[:, k] > 1e-9                     # in many dimensions few points are of more than one component
+            near, weight = difference[seen], share[seen, k:k + 1]
+            scatter = (near * weight).T @ near
             factors.append(factor((scatter + prior_count * torch.eye(D).to(x)) / (count[k] + prior_count)))
             distance = (difference @ factors[k].T.to(x)).square().sum(1)
             log_joint[:, k] = log_w[k] + factors[k].diagonal().log().sum().to(x) - 0.5 * distance
