@@ -537,7 +537,8 @@ def start_mixture(args, model, posteriors):
         out = model.carry(mu.to(device), logvar.to(device), eps.to(device))
         points.append(model.mixture_latent(out))
     print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
-    model.fit_mixture_(torch.cat(points), EM_STEPS, generator)
+    model.fit_mixture_(torch.cat(points), EM_STEPS, generator,
+                       functools.partial(tqdm, desc="EM", unit="step", leave=False, disable=not is_main()))
     low, high = model.logvar_clamp
     outside = ((model.prior_logvar < low) | (model.prior_logvar > high)).float().mean().item()
     if outside:

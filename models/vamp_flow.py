@@ -110,7 +110,7 @@ def log_mixture(z, mu_k, logvar_k, log_w=None, tril_k=None):
 
 
 @torch.no_grad()
-def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=None):
+def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=None, progress=iter):
     """EM for a mixture of Gaussians of full covariance: z (N, D) -> mu (K, D), logvar (K, D), tril (K, D, D), log_w (K,), as
     log_mixture takes them.
 
@@ -118,7 +118,7 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     themselves, the few that lie far out would get clusters of their own) and ends after so many steps. Every component's
     covariance is averaged with that of all points, which counts as prior_count points (the MAP estimate under an inverse
     Wishart; D unless given): of components with fewer points than dimensions the likelihood has no bound. The generator
-    is of the CPU. Raises ValueError where N < K, or without a step.
+    is of the CPU; progress (tqdm, for example) may show the steps. Raises ValueError where N < K, or without a step.
     """
     N, D = z.shape
     if N < K or steps < 1:
@@ -141,7 +141,7 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     total = x.cpu().double().T @ x.cpu().double() / N
     whiten = factor(total + 1e-6 * total.diagonal().mean().clamp(min=1e-6) * torch.eye(D))
     x = x @ whiten.T.to(x)
-    for _ in range(steps):
+    for _ in progress(range(steps)):
         count = share.sum(0)
         log_w = (count.clamp(min=1e-6) / N).log() if learn_weights else torch.full_like(count, -math.log(K))
         mu = share.T @ x / count.clamp(min=1e-6)[:, None]
@@ -672,10 +672,10 @@ class CrossFlowVampVAE(nn.Module):
         return mu_k[k] + offset
 
     @torch.no_grad()
-    def fit_mixture_(self, zK, steps, generator=None):
+    def fit_mixture_(self, zK, steps, generator=None, progress=iter):
         """Set the full-covariance mixture to what fit_mixture finds for points (N, D) of where it lives."""
         learned = self.prior_logits is not None
-        mu, logvar, tril, log_w = fit_mixture(zK, self.num_components, steps, learned, generator=generator)
+        mu, logvar, tril, log_w = fit_mixture(zK, self.num_components, steps, learned, generator=generator, progress=progress)
         self.prior_mu.copy_(mu)
         self.prior_logvar.copy_(logvar)
         self.prior_tril.copy_(tril)

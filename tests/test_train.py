@@ -737,7 +737,8 @@ def test_second_stage_with_full_covariances_starts_by_em(data, monkeypatch, tmp_
     first = tmp_path / "results/first/last.pth"
     second = ["--mixture_covariance", "full", "--num_components", 2, "--epochs", 2, "--lr", 1e-5]
     main(monkeypatch, tmp_path, *flags, "--fit_prior", first, *second, "--exp_name", "second")
-    said = capsys.readouterr().out
+    said, shown = capsys.readouterr()
+    assert "EM: " in shown
     assert "the flow goes on from the first stage's, 2 of 2 flow layers, the mixture starts anew: --num_components 2 " in said
     assert "EM          20 steps for 2 components of full covariance, on 80 latents" in said
     before, after = history(tmp_path / "results/first")[-1], history(tmp_path / "results/second")[0]
