@@ -188,12 +188,14 @@ def test_preset_is_its_flags_and_no_more(data, monkeypatch, tmp_path):
 
 
 def test_preset_gives_way_to_flags_that_leave_a_part_of_it_without_a_meaning():
-    for flags, name, value in ((["--flow_length", "0"], "decode_from", "zK"),
-                               (["--prior", "standard"], "mixture_weights", "uniform")):
-        args, given = train.parse_args(["--preset", "best", *flags])
+    for preset, flags, name, value in (("best", ["--flow_length", "0"], "decode_from", "zK"),
+                                       ("best", ["--prior", "standard"], "mixture_weights", "uniform"),
+                                       ("gmm", ["--prior", "vamp"], "mixture_covariance", "diag")):
+        flags += ["--fit_prior", "x"] * (preset == "gmm")
+        args, given = train.parse_args(["--preset", preset, *flags])
         train.check_flags(args, given)
         assert getattr(args, name) == value
-        args, given = train.parse_args(["--preset", "best", *flags, f"--{name}", train.PRESETS["best"][name]])
+        args, given = train.parse_args(["--preset", preset, *flags, f"--{name}", train.PRESETS[preset][name]])
         with pytest.raises(UserError, match=f"--{name} .*with {flags[0]}"):
             train.check_flags(args, given)
 
@@ -766,6 +768,21 @@ def test_second_stage_with_full_covariances_starts_by_em(data, monkeypatch, tmp_
         main(monkeypatch, tmp_path, *flags, "--fit_prior", first, *second, "--num_components", 81, "--exp_name", "x")
     with pytest.raises(UserError, match="--mixture_covariance full with --prior vamp: needs --prior mog"):
         main(monkeypatch, tmp_path, *flags, "--mixture_covariance", "full", "--exp_name", "x")
+
+
+def test_preset_gmm_is_a_second_stage_for_whatever_came_first(data, monkeypatch, tmp_path, capsys):
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1]
+    main(monkeypatch, tmp_path, *flags, "--prior", "standard", "--flow_length", 0, "--exp_name", "plain")
+    main(monkeypatch, tmp_path, *flags, "--preset", "best", "--flow_length", 1, "--exp_name", "best")
+    for first in ("plain", "best"):
+        main(monkeypatch, tmp_path, "--fit_prior", tmp_path / "results" / first / "last.pth", "--preset", "gmm",
+             "--exp_name", f"{first} gmm", "--device", "cpu", "--no-tensorboard", "--fid_every", 0, "--sample_every", 0)
+        saved = weights(tmp_path / f"results/{first} gmm/last.pth")
+        assert saved["args"].items() >= {**train.PRESETS["gmm"], "free_bits": 0.0}.items()
+        assert saved["epoch"] == 4 and not any(name.startswith("flow") for name in saved["model"])
+        assert "EM          20 steps for 30 components of full covariance" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--preset gmm: a second stage, which needs --fit_prior PATH"):
+        main(monkeypatch, tmp_path, *flags, "--preset", "gmm", "--exp_name", "x")
 
 
 def test_second_stage_says_what_the_clamp_takes_from_em(data, monkeypatch, tmp_path, capsys):
