@@ -347,9 +347,9 @@ def resolve_resume(args, given):
     return checkpoint, path
 
 
-# Unless given: its images, and what the held-out reconstruction is measured with.
+# Unless given: its images, and what reconstructions and samples are measured with.
 TAKEN_FROM_FIRST_STAGE = ("dataset", "data_dir", "split_seed", "flip", "recon_loss", "lpips_net", "lpips_weight",
-                          "lpips_linear")
+                          "lpips_linear", "fid_every", "fid_samples", "fid_dims")
 SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "posterior_std",
                            "logvar_clamp")
 # What the first stage's mixture and flow can only be taken over with, beside a flow that is not longer than the new one.

@@ -776,7 +776,7 @@ def test_preset_gmm_is_a_second_stage_for_whatever_came_first(data, monkeypatch,
     main(monkeypatch, tmp_path, *flags, "--preset", "best", "--flow_length", 1, "--exp_name", "best")
     for first in ("plain", "best"):
         main(monkeypatch, tmp_path, "--fit_prior", tmp_path / "results" / first / "last.pth", "--preset", "gmm",
-             "--exp_name", f"{first} gmm", "--device", "cpu", "--no-tensorboard", "--fid_every", 0, "--sample_every", 0)
+             "--exp_name", f"{first} gmm", "--device", "cpu", "--no-tensorboard", "--sample_every", 0)
         saved = weights(tmp_path / f"results/{first} gmm/last.pth")
         assert saved["args"].items() >= {**train.PRESETS["gmm"], "free_bits": 0.0}.items()
         assert saved["epoch"] == 4 and not any(name.startswith("flow") for name in saved["model"])
@@ -800,12 +800,12 @@ def test_second_stage_says_what_the_clamp_takes_from_em(data, monkeypatch, tmp_p
 
 
 def test_second_stage_takes_data_and_measure_from_the_first(data, monkeypatch, tmp_path):
-    """Else it would ask for LPIPS weights that it does not train with, or fit the prior to other images."""
+    """Else it would ask for the weights of LPIPS or FID that the first did without, or fit the prior to other images."""
     main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--flow_length", 0, "--no-flip",
          "--recon_loss", "mse", "--exp_name", "first")
     path = str(tmp_path / "results/first/last.pth")
     first = torch.load(path, weights_only=True)["args"]
-    names = ("dataset", "data_dir", "flip", "recon_loss", "lpips_net")
+    names = ("dataset", "data_dir", "flip", "recon_loss", "lpips_net", "fid_every")
 
     def taken(*flags):
         args, given = train.parse_args(["--fit_prior", path, *flags])
@@ -815,7 +815,7 @@ def test_second_stage_takes_data_and_measure_from_the_first(data, monkeypatch, t
     assert taken("--flip", "--lpips_net", "alex", "--data_dir", "x") == {**taken(), "flip": True, "lpips_net": "alex",
                                                                          "data_dir": "x"}
     assert taken("--dataset", "cifar10") == {**taken(), "dataset": "cifar10", "data_dir": "./data"}
-    main(monkeypatch, tmp_path, "--fit_prior", path, "--flow_seq_len", 1, "--flow_length", 1, "--fid_every", 0, "--epochs", 1,
+    main(monkeypatch, tmp_path, "--fit_prior", path, "--flow_seq_len", 1, "--flow_length", 1, "--epochs", 1,
          "--device", "cpu", "--no-tensorboard", "--exp_name", "second")
     assert len(history(tmp_path / "results/second")) == 1
 
