@@ -94,7 +94,8 @@ DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64]
             sample_every=10, threads=1, overwrite=True)
 
 # What --preset changes in the published recipe; --demo and any flag beside it still win. best: the last halving, to 2x2
-# pixels of 32, costs time and quality. gmm is for a second stage, the Gaussian mixture of Ghosh et al. 2020.
+# pixels of 32, costs time and quality. gmm: a second stage, the Gaussian mixture of Ghosh et al. 2020; what it names is not
+# taken from the first stage.
 PRESETS = {
     "best": dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0, hidden_dims=[64, 128, 256]),
     "gmm": dict(prior="mog", mixture_weights="learned", mixture_covariance="full", num_components=30, flow_length=0,
@@ -132,8 +133,8 @@ def build_parser():
     group.add_argument("--demo", action="store_true", help="digits and a small model; other flags still apply")
     group.add_argument("--preset", choices=PRESETS, default=None,
                        help="best: a prior that keeps its components and a network that learns faster, at less cost; "
-                            "gmm: with --fit_prior, Gaussians of full covariance as the prior of a finished model "
-                            "(README.md, Results); other flags still apply")
+                            "gmm: with --fit_prior, Gaussians of full covariance as the prior of a finished model; "
+                            "other flags still apply (README.md, Results)")
     group.add_argument("--exp_name", default="CrossVampVAE", help="the run's folder under save_dir")
     group.add_argument("--save_dir", default="./results", help="where runs are kept")
     group.add_argument("--resume", metavar="PATH", help="a checkpoint to go on from, or auto: the run's own last.pth")
@@ -281,6 +282,8 @@ def check_flags(args, given):
         (args.flow_length == 0 and args.flow_prior == "pushed", "--flow_prior pushed with --flow_length 0: no flow to push"),
         (args.flow_length == 0 and args.flow_context == "encoder", "--flow_context encoder with --flow_length 0: no flow"),
         (args.preset == "gmm" and not args.fit_prior, "--preset gmm: a second stage, which needs --fit_prior PATH"),
+        (args.preset == "gmm" and args.demo and not args.resume, "--preset gmm with --demo: leave --demo out, the second stage "
+         "takes data and model from the first"),
         (args.fit_prior and args.prior == "standard" and args.flow_length == 0, "--fit_prior: nothing to fit in a standard "
          "prior without a flow"),
         (args.flow_length == 0 and args.decode_from == "z0", "--decode_from z0 with --flow_length 0: zK is z0 there"),
@@ -335,7 +338,7 @@ def resolve_resume(args, given):
     if changed:
         raise UserError(f"{path} was trained with other values of " + ", ".join(
             f"--{k} ({known[k]}, not {getattr(args, k)})" for k in changed) + "; leave them out, or start a new run")
-    for name, value in saved.items():
+    for name, value in known.items():
         if hasattr(args, name) and name not in given and name not in NOT_INHERITED:
             setattr(args, name, value)
     if args.resume != "auto":                               # what was not given comes from where the checkpoint lies
@@ -547,10 +550,10 @@ def start_mixture(args, model, posteriors):
     model.fit_mixture_(torch.cat(points), EM_STEPS, generator,
                        functools.partial(tqdm, desc="EM", unit="step", leave=False, disable=not is_main()))
     low, high = model.logvar_clamp
-    outside = ((model.prior_logvar < low) | (model.prior_logvar > high)).float().mean().item()
+    outside = ((model.prior_logvar < low) | (model.prior_logvar > high)).sum().item()
     if outside:
-        print(f"note: {outside:.0%} of its log-variances lie outside of --logvar_clamp {low:g} {high:g}, the first stage's, "
-              f"and are held there")
+        print(f"note: {outside} of the mixture's {model.prior_logvar.numel()} log-variances lie outside --logvar_clamp {low:g} "
+              f"{high:g}, the first stage's, and are held there")
 
 
 class PriorFit(torch.nn.Module):

@@ -5,6 +5,7 @@ import errno
 import functools
 import gc
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -30,7 +31,6 @@ import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: once there is a group, its functions' defaults would keep that
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -202,6 +202,7 @@ def join_processes(device_name):
             raise UserError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs of this machine")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    importlib.import_module("torch.distributed.nn")       # before there is a group, which its functions' defaults would keep
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if not is_main():
         sys.stdout = open(os.devnull, "w")
@@ -211,7 +212,8 @@ def join_processes(device_name):
 def leave_processes():
     """Without this a thread of gloo's may still hold a tensor of Python's when the interpreter is gone, and abort.
 
-    Such threads end with the last reference to the group, of which DistributedDataParallel has one.
+    Such threads end with the last reference to the group, of which DistributedDataParallel has one. Not called where a run
+    ends with an error: the others may be waiting in the middle of something.
     """
     if process_count() > 1:
         gc.collect()

@@ -567,6 +567,12 @@ def test_checkpoints_from_before_a_flag_are_taken(checkpoint, call, tmp_path):
     assert_refused(call(train.main, "--resume", path, "--mixture_covariance", "full"), path,
                    "was trained with other values of --mixture_covariance (diag, not full)")
 
+    def before_presets(c):
+        older(c)
+        del c["args"]["preset"]
+    path = checkpoint(before_presets)
+    assert call(train.main, "--resume", path, "--preset", "best", "--save_dir", tmp_path, "--exp_name", "again")[0] == 0
+
 
 @pytest.mark.parametrize("change", [
     lambda c: c["optimizer"]["state"].update({7: torch.zeros(3)}), lambda c: c["optimizer"]["param_groups"][0].pop("betas"),

@@ -783,6 +783,8 @@ def test_preset_gmm_is_a_second_stage_for_whatever_came_first(data, monkeypatch,
         assert "EM          20 steps for 30 components of full covariance" in capsys.readouterr().out
     with pytest.raises(UserError, match="--preset gmm: a second stage, which needs --fit_prior PATH"):
         main(monkeypatch, tmp_path, *flags, "--preset", "gmm", "--exp_name", "x")
+    with pytest.raises(UserError, match="--preset gmm with --demo: leave --demo out"):
+        main(monkeypatch, tmp_path, "--demo", "--fit_prior", tmp_path / "results/plain/last.pth", "--preset", "gmm")
 
 
 def test_second_stage_says_what_the_clamp_takes_from_em(data, monkeypatch, tmp_path, capsys):
@@ -795,7 +797,7 @@ def test_second_stage_says_what_the_clamp_takes_from_em(data, monkeypatch, tmp_p
         main(monkeypatch, tmp_path, *flags, "--fit_prior", tmp_path / "results" / clamp / "last.pth", "--prior", "mog",
              "--mixture_covariance", "full", "--num_components", 2, "--exp_name", f"second {clamp}")
         said = capsys.readouterr().out
-        assert ("of its log-variances lie outside" in said) == (bounds is not None)
+        assert ("of the mixture's 8 log-variances lie outside" in said) == (bounds is not None)
         assert bounds is None or f"--logvar_clamp {bounds}, the first stage's" in said
 
 
