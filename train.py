@@ -243,19 +243,21 @@ def parse_args(argv=None):
         action.default = argparse.SUPPRESS
     given = set(vars(silent.parse_args(argv)))
     first = parser.parse_args(argv)
-    recipe = {name: parser.get_default(name) for name in ("decode_from", "mixture_weights", "mixture_covariance")}
     parser.set_defaults(**PRESETS.get(first.preset, {}))
     if first.demo:
         # Running the demo twice is no accident; a run with a name or place of its own is not to be lost.
         parser.set_defaults(**{**DEMO, "overwrite": not given & {"exp_name", "save_dir"}})
     args = parser.parse_args(argv)
-    # Of a preset: what a flag that was given leaves without a meaning.
-    if args.preset:
-        for name, meaningless in (("decode_from", args.flow_length == 0), ("mixture_weights", args.prior == "standard"),
-                                  ("mixture_covariance", args.prior != "mog")):
-            if meaningless and name not in given:
-                setattr(args, name, recipe[name])
+    drop_the_meaningless(args, given)
     return args, given
+
+
+def drop_the_meaningless(args, given):
+    """Set back what a preset or a first stage brought along and another flag leaves without a meaning."""
+    for name, meaningless in (("decode_from", args.flow_length == 0), ("mixture_weights", args.prior == "standard"),
+                              ("mixture_covariance", args.prior != "mog")):
+        if meaningless and name not in given:
+            setattr(args, name, build_parser().get_default(name))
 
 
 def check_flags(args, given):
@@ -387,10 +389,7 @@ def read_first_stage(args, given):
     if first["flow_length"]:
         for name in {"flow_length", *SHAPE_OF_MIXTURE, *SHAPE_OF_FLOW} - given - {*PRESETS.get(args.preset, ())}:
             setattr(args, name, first[name])
-    if args.prior != "mog" and "mixture_covariance" not in given:       # what the new prior has no use for
-        args.mixture_covariance = "diag"
-    if args.prior == "standard" and "mixture_weights" not in given:
-        args.mixture_weights = "uniform"
+    drop_the_meaningless(args, given)
     if args.flow_length:
         if "decode_from" in given and args.decode_from != "z0":
             raise UserError(f"--decode_from {args.decode_from}: --fit_prior keeps the decoder, which takes z0")

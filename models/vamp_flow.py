@@ -138,7 +138,8 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
         share = F.one_hot(torch.cdist(directions, means).argmin(1), K).to(x)                    # (N, K) responsibilities
         means = share.T @ directions / share.sum(0).clamp(min=1)[:, None]
     # (In float64, and a part of the unit matrix with it, for directions that hardly vary, or not at all.)
-    total = x.cpu().double().T @ x.cpu().double() / N
+    total = x.cpu().double()
+    total = total.T @ total / N
     whiten = factor(total + 1e-6 * total.diagonal().mean().clamp(min=1e-6) * torch.eye(D))
     x = x @ whiten.T.to(x)
     for _ in progress(range(steps)):
