@@ -796,6 +796,10 @@ class Trainer:
             self.best_fid = math.inf if found is None else min(found, self.best_fid)
 
 
+def can_fuse_flow(flow, device, amp):
+    return device.type == "cuda" and amp and flow is not None and fused_sizes(flow) is not None
+
+
 def fuse_flow(flow, batch_size):
     """Let Triton's kernels train the flow, if they compute here what its layers do; a note says if not."""
     try:
@@ -1341,7 +1345,7 @@ def train(stack):
         model = CrossFlowVampVAE(**model_args_of(args))
     except ValueError as e:
         raise UserError(f"the model's flags do not fit: {e}") from None
-    fusible = device.type == "cuda" and amp and model.flow is not None and fused_sizes(model.flow) is not None
+    fusible = can_fuse_flow(model.flow, device, amp)
     if args.fused_flow and not fusible:
         print("note: --fused_flow needs a CUDA GPU, bf16, Triton and a flow whose sizes are powers of two; going on without it")
     args.fused_flow = fusible and args.fused_flow is not False

@@ -851,6 +851,19 @@ if triton is not None:
         p = tl.exp(score - tl.max(score, 1)[:, None])
         return p / tl.sum(p, 1)[:, None]
 
+    @triton.jit
+    def _rows(layer, B, w, D: tl.constexpr, T: tl.constexpr, W: tl.constexpr, IMAGES: tl.constexpr):
+        """This program's rows: N; their numbers, tokens, and whether they are among the N; which pairs of them are of one
+        image; where in a half their values w lie, and which of these exist; where the latent (layer, image) of each begins."""
+        R: tl.constexpr = IMAGES * T
+        N = tl.cast(B, tl.int64) * T                                                             # so are offsets of rows
+        row = tl.program_id(0) * R + tl.arange(0, R)
+        image, token, inside = row // T, row % T, row < N
+        same = image[:, None] == image[None, :]
+        cell = token[:, None] * W + w[None, :]
+        real = inside[:, None] & (w < W)[None, :]
+        return N, row, token, inside, same, cell, real, (layer * B + image)[:, None] * D
+
     @triton.jit(do_not_specialize=["layer", "B"])
     def _layer_forward(layer, B, perm, z, s, embed, position, queries, wq, bq, wkv, bkv, wo, bo, w1, b1, w2, b2, wh, bh,
                        kept_x, kept_tokens, kept_f, kept_q, kept_a, kept_m, q_, kv_, u_, scale_t, scale_f, scale_q, scale_m,
@@ -859,20 +872,12 @@ if triton is not None:
                        CHUNK: tl.constexpr, KEEP: tl.constexpr):
         """Reads z[layer], writes z[layer + 1] and s[layer]; with KEEP, what the backward pass needs. W = D / 2T values a
         token, in WP places."""
-        R: tl.constexpr = IMAGES * T
         HALF: tl.constexpr = D // 2
         HD: tl.constexpr = E // HEADS
         kind = wq.dtype.element_ty
-        N = tl.cast(B, tl.int64) * T                                                             # so are offsets of rows
-        row = tl.program_id(0) * R + tl.arange(0, R)
-        image, token, inside = row // T, row % T, row < N
-        same = image[:, None] == image[None, :]
         e, w, o = tl.arange(0, E), tl.arange(0, WP), tl.arange(0, HD)
-        cell = token[:, None] * W + w[None, :]                                                   # of a half
-        real = inside[:, None] & (w < W)[None, :]
-        rows_e = row[:, None] * E + e[None, :]
-        here = inside[:, None]
-        at = (layer * B + image)[:, None] * D
+        N, row, token, inside, same, cell, real, at = _rows(layer, B, w, D, T, W, IMAGES)
+        rows_e, here = row[:, None] * E + e[None, :], inside[:, None]
         x = tl.load(z + at + tl.load(perm + layer * D + cell, mask=real, other=0), mask=real, other=0.0)
         y = tl.load(z + at + tl.load(perm + layer * D + HALF + cell, mask=real, other=0), mask=real, other=0.0)
         for half in range(2):
@@ -952,16 +957,9 @@ if triton is not None:
         HALF: tl.constexpr = D // 2
         HD: tl.constexpr = E // HEADS
         kind = wq.dtype.element_ty
-        N = tl.cast(B, tl.int64) * T                                                             # so are offsets of rows
-        row = tl.program_id(0) * R + tl.arange(0, R)
-        image, token, inside = row // T, row % T, row < N
-        same = image[:, None] == image[None, :]
         e, w, o = tl.arange(0, E), tl.arange(0, WP), tl.arange(0, HD)
-        cell = token[:, None] * W + w[None, :]
-        real = inside[:, None] & (w < W)[None, :]
-        rows_e = row[:, None] * E + e[None, :]
-        here = inside[:, None]
-        at = (layer * B + image)[:, None] * D
+        N, row, token, inside, same, cell, real, at = _rows(layer, B, w, D, T, W, IMAGES)
+        rows_e, here = row[:, None] * E + e[None, :], inside[:, None]
         perm_a = tl.load(perm + layer * D + cell, mask=real, other=0)
         perm_b = tl.load(perm + layer * D + HALF + cell, mask=real, other=0)
         y, next_y = tl.load(z + at + perm_a, mask=real, other=0.0), tl.load(z + at + perm_b, mask=real, other=0.0)

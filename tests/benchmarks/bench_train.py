@@ -70,7 +70,7 @@ class Fast:
         eager, blank = self.trainer.criterion, torch.zeros_like(self.data.images[:args.batch_size])
         start = time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):            # they say what they do; standard output is for JSON
-            if fused and amp and self.trainer.model.flow is not None and train.fused_sizes(self.trainer.model.flow):
+            if fused and train.can_fuse_flow(self.trainer.model.flow, device, amp):
                 train.fuse_flow(self.trainer.model.flow, args.batch_size)
             if amp:
                 train.round_together(self.trainer)
@@ -253,7 +253,7 @@ def main():
     if args.parts:
         amp, layout, *_ = settings["fast"]
         trainer = make_trainer(args, flags, images, lpips, device, layout)
-        if cuda and amp and trainer.model.flow is not None and train.fused_sizes(trainer.model.flow):
+        if train.can_fuse_flow(trainer.model.flow, device, amp):
             train.fuse_flow(trainer.model.flow, args.batch_size)
         works = parts_of_step(trainer, amp)
         counts = {name: gflop(work) for name, work in works.items()}                            # and a warm-up
