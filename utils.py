@@ -942,15 +942,18 @@ def load_data(args, device, cache=None):
             test_paths = list_images(test_dir, skip_made_here=True) if test_dir else None
         else:
             paths, test_paths = list_images(root, skip_made_here=True), None
-        if test_paths is None:
-            keep, held = _hold_out(len(paths), args.split_seed)
-            paths, test_paths = [paths[i] for i in keep], [paths[i] for i in held]
-        gib = (len(paths) + len(test_paths)) * channels * args.img_size ** 2 / 2 ** 30
+        halves = _hold_out(len(paths), args.split_seed) if test_paths is None else None
+        gib = (len(paths) + len(test_paths or ())) * channels * args.img_size ** 2 / 2 ** 30
         if gib > args.cache_gb:
             workers = min(cpu_count() // process_count(), 8) if args.num_workers is None else args.num_workers
-            return [StreamedImages(root, p, channels, args.img_size, workers) for p in (paths, test_paths)]
-        images = [decode_kept(p, root, channels, args.img_size, name, cache)
-                  for name, p in (("training", paths), ("held-out", test_paths))]
+            return [StreamedImages(root, p, channels, args.img_size, workers)
+                    for p in ((paths, test_paths) if halves is None else ([paths[i] for i in half] for half in halves))]
+        if halves is None:
+            images = [decode_kept(p, root, channels, args.img_size, name, cache)
+                      for name, p in (("training", paths), ("held-out", test_paths))]
+        else:                                             # decoded and kept as a whole, whatever --split_seed makes of it
+            whole = decode_kept(paths, root, channels, args.img_size, "all", cache)
+            images = [whole[half] for half in halves]
     else:
         if args.dataset == "cifar10":
             images = _load_cifar10(args.data_dir)

@@ -164,6 +164,19 @@ def test_many_decoded_images_are_kept_for_the_next_start(tmp_path, monkeypatch, 
     assert changed_again == changed and counts == [30, 3] and said.out.startswith("note: ") and said.out.count("\n") == 1
 
 
+def test_kept_images_serve_every_split_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "MANY_IMAGES", 20)
+    write_images(tmp_path / "data", 30, size=8)
+    cache, decoded = tmp_path / "data_cache", []
+    monkeypatch.setattr(utils, "decode_images", lambda paths, *rest: decoded.append(len(paths)) or decode_images(paths, *rest))
+    for seed in (0, 1, 0):
+        kept = load_data(flags(tmp_path / "data", split_seed=seed), "cpu", cache)
+        streamed = load_data(flags(tmp_path / "data", split_seed=seed, cache_gb=0.0), "cpu")
+        for a, b in zip(kept, streamed):
+            assert torch.equal(a.images, torch.stack([b[i] for i in range(len(b))]))
+    assert decoded == [30] and len(list(cache.iterdir())) == 1
+
+
 def test_streamed_images_equal_cached_ones(tmp_path):
     write_images(tmp_path / "train", 7, size=12)
     write_images(tmp_path / "test", 2, size=12)
