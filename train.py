@@ -1,7 +1,7 @@
 """Train one variant of CrossFlowVampVAE; see README.md for what each run leaves behind.
 
     python train.py --demo                                      handwritten digits, minutes on a laptop, no downloads
-    python train.py --exp_name my_run                           CIFAR-10 with the published recipe
+    python train.py --exp_name my_run                           CIFAR-10 with the default recipe
     python train.py --dataset folder --data_dir path/to/images  any images
     python train.py --exp_name my_run --resume auto             go on where it stopped (or start, if it never ran)
     torchrun --nproc_per_node=4 train.py --exp_name my_run      the same run on four GPUs, batch_size being their sum
@@ -72,6 +72,7 @@ from utils import (
     pyplot,
     read_checkpoint,
     remove_temporary_files,
+    require_finite,
     run,
     save_checkpoint,
     save_png,
@@ -93,7 +94,7 @@ DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64]
             epochs=30, warmup_epochs=0, beta_max=0.4, free_bits=0.0, lr=2e-3, ema_decay=0.99, batch_size=64,
             sample_every=10, threads=1, overwrite=True)
 
-# What --preset changes in the published recipe; --demo and any flag beside it still win. best: the last halving, to 2x2
+# What --preset changes in the default recipe; --demo and any flag beside it still win. best: the last halving, to 2x2
 # pixels of 32, costs time and quality. gmm: a second stage, the Gaussian mixture of Ghosh et al. 2020; what it names is not
 # taken from the first stage.
 PRESETS = {
@@ -168,7 +169,7 @@ def build_parser():
     group = parser.add_argument_group("model")
     group.add_argument("--fit_prior", metavar="PATH", default=None,
                        help="a second stage: encoder and decoder of this checkpoint, frozen; the mixture and a flow of the "
-                            "prior's own are fitted to its posteriors, from those of the checkpoint on if it has them "
+                            "prior's own are fitted to its posteriors, from its own prior on if that has a flow, else anew "
                             "(free_bits and warmup_epochs are then 0 unless given)")
     group.add_argument("--latent_dim", type=int, default=128, help="D")
     group.add_argument("--hidden_dims", type=int, nargs="+", default=[64, 128, 256, 512], help="channels of each stage")
@@ -246,7 +247,7 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS.get(first.preset, {}))
     if first.demo:
         # Running the demo twice is no accident; a run with a name or place of its own is not to be lost.
-        parser.set_defaults(**{**DEMO, "overwrite": not given & {"exp_name", "save_dir"}})
+        parser.set_defaults(**{**DEMO, "overwrite": not given & {"exp_name", "save_dir", "resume"}})
     args = parser.parse_args(argv)
     drop_the_meaningless(args, given)
     return args, given
@@ -310,10 +311,17 @@ def check_flags(args, given):
               f"--warmup_epochs {args.warmup_epochs:g} is longer than the run")
 
 
+def files_of_run(folder):
+    """{name: what changes when it is written} of the files that say how far a run has come."""
+    return {path.name: (stat.st_ino, stat.st_mtime_ns) for pattern in ("*.pth", "history.csv")
+            for path in folder.glob(pattern) for stat in [path.stat()]}
+
+
 def resolve_resume(args, given):
     """Find the checkpoint to go on from and bring the flags into line with it.
 
-    Returns its dict and its path, None twice for a fresh start.
+    Returns its dict and its path, None twice for a fresh start, and files_of_run of the run's folder when it was looked at:
+    only later, with everything else at hand, is the folder locked.
     """
     def require_empty(folder, way_out, what=("*.pth", "history.csv")):
         if not args.overwrite and any(any(folder.glob(pattern)) for pattern in what):
@@ -322,21 +330,26 @@ def resolve_resume(args, given):
     own = Path(args.save_dir, args.exp_name)
     fresh = "--resume auto goes on with it, --overwrite starts again, "
     if args.resume is None:
+        seen = files_of_run(own)
         require_empty(own, fresh)
-        return None, None
+        return None, None, seen
     path = own / "last.pth" if args.resume == "auto" else Path(args.resume)
+    seen = files_of_run(path.parent)
     if args.resume == "auto" and not path.exists():
         # A history alone is what is left of a run that was killed before its first checkpoint: nothing can be lost.
         require_empty(own, "it has no last.pth to go on from; --overwrite starts again, ", what=["*.pth"])
         print(f"--resume auto: no {path} yet, starting from the beginning")
-        return None, None
+        return None, None, seen
     checkpoint = read_checkpoint(path, resumable=True)
     if checkpoint.get("optimizer") is None:
         raise UserError(f"{path}: holds no optimiser state (best_fid.pth never does); resume from last.pth")
     saved = checkpoint["args"]
     check_saved_flags(build_parser(), saved, path)
-    known = {**checkpoint["model_args"], **saved}           # an older one lacks newer flags; read_checkpoint knows the model's
-    changed = sorted(k for k in given - MAY_DIFFER if k in known and known[k] != getattr(args, k))
+    # An older one lacks newer flags: it was trained with what are their defaults, where these do not depend on the data.
+    defaults = {k: v for k, v in vars(build_parser().parse_args([])).items() if k not in ("flip", "in_channels")}
+    known = {**defaults, **checkpoint["model_args"], **saved}
+    changed = sorted(k for k in given - MAY_DIFFER if k in known and known[k] != getattr(args, k)
+                     and not (k == "fit_prior" and known[k] and os.path.abspath(known[k]) == os.path.abspath(args.fit_prior)))
     if changed:
         raise UserError(f"{path} was trained with other values of " + ", ".join(
             f"--{k} ({known[k]}, not {getattr(args, k)})" for k in changed) + "; leave them out, or start a new run")
@@ -348,12 +361,13 @@ def resolve_resume(args, given):
         args.save_dir = args.save_dir if "save_dir" in given else str(source.parent)
         args.exp_name = args.exp_name if "exp_name" in given else source.name
         if Path(args.save_dir, args.exp_name).absolute() != source:
+            seen = files_of_run(Path(args.save_dir, args.exp_name))
             require_empty(Path(args.save_dir, args.exp_name), "")
-    return checkpoint, path
+    return checkpoint, path, seen
 
 
 # Unless given: its images, and what reconstructions and samples are measured with.
-TAKEN_FROM_FIRST_STAGE = ("dataset", "data_dir", "split_seed", "flip", "recon_loss", "lpips_net", "lpips_weight",
+TAKEN_FROM_FIRST_STAGE = ("dataset", "data_dir", "split_seed", "cache_gb", "flip", "recon_loss", "lpips_net", "lpips_weight",
                           "lpips_linear", "fid_every", "fid_samples", "fid_dims")
 SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "posterior_std",
                            "logvar_clamp")
@@ -365,6 +379,7 @@ EM_STEPS, EM_POINTS = 20, 2 ** 17   # of --mixture_covariance full in a second s
 
 class FirstStage(NamedTuple):
     """What --fit_prior starts from: weights by their names in the model."""
+    data_id: str                # the fingerprint of its training images
     frozen: dict                # of the encoder and the decoder
     prior: dict                 # of the mixture and the flow; without those that start anew
     flow_length: int            # layers of that flow
@@ -376,6 +391,9 @@ def read_first_stage(args, given):
     1903.05789), Ghosh et al. 2020 (1903.12436)."""
     checkpoint = read_checkpoint(args.fit_prior)
     check_saved_flags(build_parser(), checkpoint["args"], args.fit_prior)
+    if Path(args.fit_prior).resolve().parent == Path(args.save_dir, args.exp_name).resolve():
+        raise UserError(f"--exp_name {args.exp_name}: would replace the first stage, --fit_prior {args.fit_prior}; choose "
+                        f"another name")
     first = checkpoint["model_args"]
     if first["flow_length"] and first["decode_from"] == "zK":
         raise UserError(f"--fit_prior {args.fit_prior}: its decoder takes what its flow makes; the first stage needs "
@@ -398,9 +416,11 @@ def read_first_stage(args, given):
     for name in {"free_bits", "warmup_epochs"} - given:
         setattr(args, name, 0.0)
     weights = checkpoint["ema"] or checkpoint["model"]
+    require_finite(weights, args.fit_prior)
+    data_id = checkpoint.get("data_id")
     frozen = {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
     if not first["flow_length"]:
-        return FirstStage(frozen, {}, 0, "the prior starts anew")
+        return FirstStage(data_id, frozen, {}, 0, "the prior starts anew")
     prior = {name: value for name, value in weights.items() if name not in frozen}
     layers = f"the first stage's, {first['flow_length']} of {args.flow_length} flow layers"
     other_flow = [name for name in SHAPE_OF_FLOW if getattr(args, name) != first[name]]
@@ -408,11 +428,12 @@ def read_first_stage(args, given):
     other_mixture = [name for name in SHAPE_OF_MIXTURE if getattr(args, name) != first[name]]
     differ = ", ".join(f"--{name} {getattr(args, name)} (there {first[name]})" for name in other_mixture + other_flow)
     if other_flow or (other_mixture and args.mixture_covariance == "diag"):
-        return FirstStage(frozen, {}, 0, f"the prior starts anew, not from the first stage's: {differ}")
+        return FirstStage(data_id, frozen, {}, 0, f"the prior starts anew, not from the first stage's: {differ}")
     if other_mixture:           # which EM finds wherever the flow has brought the latents; other beginnings need it at rest
-        return FirstStage(frozen, {name: value for name, value in prior.items() if name.startswith("flow.")},
-                          first["flow_length"], f"the flow goes on from {layers}, the mixture starts anew: {differ}")
-    return FirstStage(frozen, prior, first["flow_length"], f"the prior goes on from {layers}")
+        flow = {name: value for name, value in prior.items() if name.startswith("flow.")}
+        return FirstStage(data_id, frozen, flow, first["flow_length"],
+                          f"the flow goes on from {layers}, the mixture starts anew: {differ}")
+    return FirstStage(data_id, frozen, prior, first["flow_length"], f"the prior goes on from {layers}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,8 +597,10 @@ def encode_all(args, model, data, device):
     for batch in tqdm(data.batches(torch.arange(len(data)).split(size), device), total=math.ceil(len(data) / size),
                       desc="encoding", leave=False, disable=not is_main()):
         x = to_float(batch)
-        posteriors.append(torch.stack([torch.stack(model.encode(y), 1) for y in ([x, x.flip(3)] if args.flip else [x])], 3))
-    return MemoryImages(torch.cat(posteriors).cpu(), device)
+        views = [x, x.flip(3)] if args.flip else [x]
+        posteriors.append(torch.stack([torch.stack(model.encode(y), 1) for y in views], 3).cpu())
+    posteriors = torch.cat(posteriors)
+    return MemoryImages(posteriors, device if posteriors.nbytes <= args.cache_gb * 2 ** 30 else "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1055,7 +1078,8 @@ def train_epoch(trainer, data, amp, stop):
     sums = trainer.read()
     taken = max(1.0, trainer.steps_per_epoch - sums["skipped"])
     means = {name: value / (taken if name == "grad_norm" else trainer.steps_per_epoch) for name, value in sums.items()}
-    return means | {"skipped": round(sums["skipped"])}, done * size / (time.monotonic() - start)
+    speed = done * size / (time.monotonic() - start) if done else None     # resumed at the end of an epoch's steps
+    return means | {"skipped": round(sums["skipped"])}, speed
 
 
 def images_at_a_time(img_size):
@@ -1213,6 +1237,7 @@ def record(trainer, row, held_out, log, writer):
                 writer.add_scalar(name, value, trainer.epoch)
     if pictures_due(trainer):
         save_images(trainer, held_out, writer)
+    if pictures_due(trainer) or trainer.epoch == (args.stop_epoch or args.epochs):
         save_curves(trainer.history, trainer.folder / "curves.png")
 
 
@@ -1220,11 +1245,12 @@ def log_line(args, row):
     """One line of train_log.txt."""
     skipped = f" | skipped {row['skipped_steps']}" if args.skip_grad_norm else ""
     pixel, lpips, fid = ("off" if v is None else f"{v:.4f}" for v in (row["recon"], row["lpips"], row["fid"]))
+    speed = "-" if row["img_per_s"] is None else f"{row['img_per_s']:.0f}"
     return (f"epoch {row['epoch']}/{args.epochs} | beta {row['beta']:.4f} | lr {row['lr']:.3g} | train_loss "
             f"{row['train_loss']:.3f} | val_loss {row['val_loss']:.3f} | pixel {pixel} | LPIPS {lpips} | "
             f"KL_Raw {row['kl_raw']:.3f} | log_det {row['log_det']:.3f} | active {row['active_units']} | components "
             f"{row['effective_components']:.1f}{skipped} | FID {fid if row['fid'] is not None else '-'} | "
-            f"{row['img_per_s']:.0f} img/s")
+            f"{speed} img/s")
 
 
 def open_tensorboard(args, folder, epoch):
@@ -1315,7 +1341,7 @@ def main():
 def train(stack):
     # -- flags, data, everything that could be missing later ------------------------------------------------------
     args, given = parse_args()
-    checkpoint, resumed_from = resolve_resume(args, given)
+    checkpoint, resumed_from, seen = resolve_resume(args, given)
     first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
     if args.flip is None:
         args.flip = args.dataset != "digits"
@@ -1357,6 +1383,11 @@ def train(stack):
         print(f"note: FID from {args.fid_samples} samples is far too high (its covariance has at most that rank); "
               f"compare it only with itself")
     data, held_out = load_data(args, device, Path(args.save_dir, DATA_CACHE) if args.data_cache else None)
+    if first_stage and first_stage.data_id != data.fingerprint:
+        problem = f"--data_dir {args.data_dir}: not the images that {args.fit_prior} was trained on"
+        if not given & {"dataset", "data_dir", "split_seed"}:
+            raise UserError(f"{problem}; name the data with --data_dir to take these nevertheless")
+        print(f"note: {problem}, which may have seen some of those that are held out now")
     if extractor and len(data) < 2:
         raise UserError(f"--data_dir {args.data_dir}: FID needs at least two training images; use --fid_every 0")
     batch_size = min(args.batch_size, len(data))
@@ -1367,6 +1398,9 @@ def train(stack):
     folder = writable_folder(args.save_dir, "--save_dir") / args.exp_name
     if is_main():
         stack.enter_context(lock_folder(folder, "--exp_name"))
+        if files_of_run(folder) != seen:
+            raise UserError(f"--exp_name {args.exp_name}: another process has written to {folder} since this one started; "
+                            f"run again")
         if (folder / "samples").is_dir():
             remove_temporary_files(folder / "samples")
 
@@ -1469,8 +1503,9 @@ def train(stack):
         print(f"stopped at epoch {trainer.epoch}, step {trainer.step}; go on with: "
               f"python train.py --resume {shlex.quote(str(folder / 'last.pth'))}")
         sys.exit(128 + stop.signum)
-    left = [f"{what} in {folder / name}" for what, name in (("pictures", "samples"), ("curves", "curves.png"))
-            if (folder / name).exists()]
+    left = [f"{what} in {folder / name}" for what, name, found in (("pictures", "samples", "samples/*.png"),
+                                                                   ("curves", "curves.png", "curves.png"))
+            if any(folder.glob(found))]
     print(f"done: {folder}" + (f" ({', '.join(left)})" if left else ""))
 
 

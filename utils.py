@@ -73,7 +73,6 @@ ERRNO_HINTS = {
     errno.EPERM: "permission denied; check the owner and mode, or choose another folder",
     errno.EEXIST: "a file of that name is in the way; move it away or choose another name",
     errno.ENOTDIR: "a part of that path is a file, not a folder",
-    errno.ENAMETOOLONG: "the name is too long",
     errno.EISDIR: "it is a folder, not a file; move it away or choose another name",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOENT: "it does not exist (was it deleted while the program ran?)",
@@ -1071,6 +1070,12 @@ def check_saved_flags(parser, saved, path):
             raise UserError(f"{path}: --{action.dest} {value!r:.80} is no value of that flag; not a checkpoint of train.py")
 
 
+def require_finite(state, path):
+    """Raise UserError if the weights of the checkpoint at `path` are not finite."""
+    if not all(v.isfinite().all() for v in state.values()):
+        raise UserError(f"{path}: its weights are not finite, the training diverged; use an earlier checkpoint")
+
+
 def load_model(checkpoint_path, device, weights="ema"):
     """(model in eval mode on the device, checkpoint dict). weights: "ema" or "raw"; raw, said aloud, where EMA was off."""
     checkpoint = read_checkpoint(checkpoint_path, device)
@@ -1082,8 +1087,7 @@ def load_model(checkpoint_path, device, weights="ema"):
             state = checkpoint["ema"]
     model = CrossFlowVampVAE(**checkpoint["model_args"]).to(device)
     model.load_state_dict(state, strict=True)
-    if not all(v.isfinite().all() for v in model.state_dict().values()):
-        raise UserError(f"{checkpoint_path}: its weights are not finite, the training diverged; use an earlier checkpoint")
+    require_finite(state, checkpoint_path)
     return model.eval(), checkpoint
 
 
@@ -1095,7 +1099,7 @@ class LatentHealth:
     """
 
     def __init__(self):
-        self.mu, self.var, self.parts, self.responsibility, self.scales, self.count = [], [], [], 0.0, [], 0
+        self.mu, self.var, self.parts, self.responsibility, self.count = [], [], [], 0.0, 0
 
     @torch.no_grad()
     def add(self, model, out, kl):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,10 +324,13 @@ def test_validation_takes_images_from_the_whole_of_the_held_out_set(data, monkey
 
 def test_the_last_line_names_what_was_left(data, monkeypatch, tmp_path, capsys):
     folder = Path("results/CrossVampVAE")
-    for every, left in ((0, ""), (1, f" (pictures in {folder / 'samples'}, curves in {folder / 'curves.png'})")):
+    for every, left in ((0, f" (curves in {folder / 'curves.png'})"),
+                        (1, f" (pictures in {folder / 'samples'}, curves in {folder / 'curves.png'})")):
         main(monkeypatch, tmp_path, *data, "--epochs", 1, "--sample_every", every, "--overwrite", "--no-tensorboard")
         assert capsys.readouterr().out.splitlines()[-1] == f"done: {folder}{left}"
-        assert (folder / "samples").exists() == (folder / "curves.png").exists() == bool(every)
+        assert (folder / "samples").exists() == bool(every) and (folder / "curves.png").exists()
+    main(monkeypatch, tmp_path, *data, "--epochs", 9, "--stop_epoch", 1, "--overwrite", "--no-tensorboard")
+    assert capsys.readouterr().out.splitlines()[-1] == f"done: {folder} (curves in {folder / 'curves.png'})"
 
 
 def test_run_stopped_in_mid_epoch_resumes_to_the_same_bits(data, monkeypatch, tmp_path):
@@ -368,6 +372,9 @@ def test_run_stopped_in_its_evaluation_evaluates_again(data, monkeypatch, tmp_pa
     monkeypatch.setattr(train, "evaluate", evaluate)
     main(monkeypatch, tmp_path, "--exp_name", "parts", "--resume", "auto")
     assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
+    with open(tmp_path / "results/parts/history.csv", newline="") as f:
+        speeds = [row["img_per_s"] for row in csv.DictReader(f)]
+    assert speeds[0] == "" and float(speeds[1]) > 0       # no step of the first epoch was left
 
 
 def test_run_killed_before_its_first_checkpoint_starts_again(data, monkeypatch, tmp_path):
@@ -446,8 +453,17 @@ def test_resume_refuses_other_values_by_name(data, monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, *data, "--epochs", 2, "--stop_epoch", 1, "--exp_name", "r", "--no-tensorboard")
     with pytest.raises(UserError, match=r"--lr \(0.0001, not 0.1\).*--prior \(vamp, not mog\)"):
         main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--lr", "0.1", "--prior", "mog")
-    main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--sample_every", 1, "--batch_size", 8)
-    assert weights(tmp_path / "results/r/last.pth")["epoch"] == 2
+    path = tmp_path / "results/r/last.pth"
+    whole = weights(path)
+    older = {k: v for k, v in whole["args"].items() if k not in ("balance", "recon_loss", "flip", "fit_prior")}
+    save_checkpoint(path, {**whole, "args": older})       # of a time without these flags: what they are by default now
+    for given, named in ((["--balance", 5, "--recon_loss", "mse"], r"--balance \(0.0, not 5.0\), --recon_loss \(l1, not mse\)"),
+                         (["--fit_prior", path], r"--fit_prior \(None, not ")):
+        with pytest.raises(UserError, match=named):
+            main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", *given)
+    main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--sample_every", 1, "--batch_size", 8,
+         "--recon_loss", "l1")
+    assert weights(path)["epoch"] == 2
 
 
 def test_resume_refuses_other_images(data, monkeypatch, tmp_path, folder_of_images):
@@ -473,9 +489,32 @@ def test_new_run_never_overwrites_an_old_one_unasked(data, monkeypatch, tmp_path
     for more in ([], ["--resume", "auto"]):
         with pytest.raises(UserError, match="already holds a run"):
             main(monkeypatch, tmp_path, *flags, *more)
-    with pytest.raises(UserError, match="already holds a run"):
-        main(monkeypatch, tmp_path, "--demo", *TINY, "--exp_name", "CrossVampVAE")
+    for name, more in (("CrossVampVAE", ["--exp_name", "CrossVampVAE"]), ("demo", ["--resume", "auto"])):
+        last = last.parent.rename(last.parents[1] / name) / "last.pth"
+        with pytest.raises(UserError, match="already holds a run"):
+            main(monkeypatch, tmp_path, "--demo", *TINY, *more)
     assert last.with_name("best_fid.pth").exists()
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]], ids=["fresh", "resumed"])
+def test_a_run_that_came_in_between_is_left_alone(resume, data, monkeypatch, tmp_path):
+    """The folder is looked at first and locked last, when data and weights are at hand; another process may be faster."""
+    flags = [*data, "--sample_every", 0, "--no-tensorboard"]
+    if resume:
+        main(monkeypatch, tmp_path, *flags, "--epochs", 3, "--stop_epoch", 1)
+    load, last = train.load_data, tmp_path / "results/CrossVampVAE/last.pth"
+
+    def slow(*rest):
+        monkeypatch.setattr(train, "load_data", load)
+        main(monkeypatch, tmp_path, *flags, "--epochs", 3, "--stop_epoch", 2, *resume)
+        return load(*rest)
+
+    monkeypatch.setattr(train, "load_data", slow)
+    with pytest.raises(UserError, match="--exp_name CrossVampVAE: another process has written to .*; run again"):
+        main(monkeypatch, tmp_path, *flags, "--epochs", 3, *resume)
+    assert weights(last)["epoch"] == 2
+    main(monkeypatch, tmp_path, *flags, "--epochs", 3, "--resume", "auto")
+    assert weights(last)["epoch"] == 3
 
 
 # -- optimisation -----------------------------------------------------------------------------------------------------
@@ -682,7 +721,7 @@ def test_second_stage_trains_on_the_posteriors_of_images_and_their_mirror_images
                                    flow_heads=2, flow_layers=1, decode_from="z0")
     perturb_(model, 0.05, torch.Generator().manual_seed(0))
     images = MemoryImages(torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8))
-    stock = train.encode_all(argparse.Namespace(flip=flip, img_size=8), model, images, torch.device("cpu"))
+    stock = train.encode_all(argparse.Namespace(flip=flip, img_size=8, cache_gb=4.0), model, images, torch.device("cpu"))
     x, eps = to_float(images.images), torch.randn(7, 4)
     network = train.PriorFit(model)
     for seen, stored in [(x, stock.images)] + [(x.flip(3), stock.images.flip(3))] * flip:
@@ -836,6 +875,41 @@ def test_second_stage_refuses_what_it_cannot_continue(data, monkeypatch, tmp_pat
         main(monkeypatch, tmp_path, *flags, "--exp_name", "second", "--fit_prior", other, "--prior", "standard",
              "--flow_length", 0)
     assert not (tmp_path / "results/second").exists()
+    before = other.read_bytes()
+    for more in (["--exp_name", "other", "--overwrite"], ["--exp_name", "other", "--save_dir", tmp_path / "results"]):
+        with pytest.raises(UserError, match="already holds a run" if "--overwrite" not in more else
+                           "--exp_name other: would replace the first stage, --fit_prior .*; choose another name"):
+            main(monkeypatch, tmp_path, *flags, *more, "--fit_prior", other)
+    main(monkeypatch, tmp_path, *flags, "--flow_length", 0, "--exp_name", "demo")
+    with pytest.raises(UserError, match="--exp_name demo: would replace the first stage"):
+        main(monkeypatch, tmp_path, "--demo", *flags, "--fit_prior", "results/demo/last.pth")
+    checkpoint = weights(other)
+    checkpoint["ema"]["encoder.head.bias"][0] = float("nan")
+    save_checkpoint(tmp_path / "diverged.pth", checkpoint)
+    with pytest.raises(UserError, match="diverged.pth: its weights are not finite, the training diverged"):
+        main(monkeypatch, tmp_path, *flags, "--exp_name", "second", "--fit_prior", tmp_path / "diverged.pth")
+    assert other.read_bytes() == before and not (tmp_path / "results/second").exists()
+
+
+def test_second_stage_on_other_images_is_refused_or_said(data, monkeypatch, tmp_path, folder_of_images, capsys):
+    """Its held-out images may be some that the first stage was trained on."""
+    folder = tmp_path / "images"
+    shutil.copytree(folder_of_images, folder)
+    data[data.index("--data_dir") + 1] = str(folder)
+    quick = ["--epochs", 1, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *data, *quick, "--flow_length", 0, "--exp_name", "first")
+    second = [*TINY, *quick, "--exp_name", "second", "--fit_prior", "results/first/last.pth"]
+    (folder / "train" / "class0" / "000.png").rename(folder / "test" / "class0" / "999.png")
+    with pytest.raises(UserError, match="not the images that results/first/last.pth was trained on; name the data"):
+        main(monkeypatch, tmp_path, *second)
+    assert not (tmp_path / "results/second").exists()
+    main(monkeypatch, tmp_path, *second, "--data_dir", folder)
+    assert "note: --data_dir" in capsys.readouterr().out
+    main(monkeypatch, tmp_path, *second, "--data_dir", folder_of_images, "--overwrite", "--epochs", 2, "--stop_epoch", 1)
+    assert "note: --data_dir" not in capsys.readouterr().out
+    # On resuming, the same file may be named in another way.
+    main(monkeypatch, tmp_path, "--exp_name", "second", "--resume", "auto", "--fit_prior", tmp_path / "results/first/last.pth")
+    assert len(history(tmp_path / "results/second")) == 2
 
 
 # -- spikes, extremes, determinism --------------------------------------------------------------------------------------
