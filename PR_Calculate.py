@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils import (
-    MANIFEST,
     FlagParser,
     InceptionFeatures,
     UserError,
@@ -47,7 +46,7 @@ from utils import (
     pick_device,
     read_arrays,
     read_image,
-    read_json,
+    read_manifest,
     run,
     weights_title,
     writable_folder,
@@ -659,8 +658,7 @@ def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progre
     be read (skip_corrupt: it is left out and counted) or differs in size.
     """
     paths = list_images(folder, flag)
-    manifest = Path(folder) / MANIFEST
-    manifest = read_json(manifest) if manifest.is_file() else None
+    manifest = read_manifest(folder, len(paths))
     choice = "all"
     if 0 < num_images < len(paths):
         choice = f"random {num_images} by the seed"
@@ -783,9 +781,6 @@ def parse_args(argv=None):
 
 def describe_folder(survey):
     """What the protocol says of one side, with the manifest of its export (checkpoint, weights, split) if it has one."""
-    if survey.manifest is not None and "checksum" not in survey.manifest:
-        print(f"warning: {Path(survey.folder) / MANIFEST} has no checksum: damage to it, or an edit, would not show",
-              file=sys.stderr)
     return {
         "folder": survey.folder,
         "images": len(survey.paths),
@@ -793,6 +788,7 @@ def describe_folder(survey):
         "corrupt_left_out": survey.skipped,
         "size": f"{survey.size[1]}x{survey.size[0]}",
         "choice": survey.choice,
+        "pixels": hashlib.sha256(b"".join(sorted(survey.digests))).hexdigest(),      # in whatever order and by whatever names
         "manifest": survey.manifest,
     }
 
@@ -883,6 +879,10 @@ def main():
                         if len(survey.paths) <= extractor.dims else "")
             print(f"warning: {flag}: only {len(survey.paths)} images, fewer than {FEW_IMAGES}. FID is biased upwards on "
                   f"small samples{singular}: do not compare it with other numbers", file=sys.stderr)
+
+    if real.size != fake.size:
+        print(f"warning: --real_dir has images of {real.size[1]}x{real.size[0]} pixels, --fake_dir of {fake.size[1]}x"
+              f"{fake.size[0]}: what they differ in is then their size first", file=sys.stderr)
 
     start = time.perf_counter()
     metrics, protocol = evaluate(args, device, extractor, real, fake, progress)

@@ -74,9 +74,12 @@ EVALUATION = {                                                  # name: (title, 
 # Entries of a protocol that must agree before two rows may be compared; a checkpoint or a folder may differ.
 MUST_AGREE = re.compile(r"feature|extractor|network|sha256|dims|resize|pca|split|subset|nearest|size"
                         r"|(^|[._ ])(n|k|num|count|images)([._ ]|$)")
-MAY_DIFFER = re.compile(r"checkpoint|training_seed|folder|path|content|manifest|_dir|distinct|batch|seconds|version")
-# The real images, which decide what a distance to them means, must agree whatever their folder is called.
-SAME_REAL = re.compile(r"^real\.(content|split|manifest\.(data|split))$")
+MAY_DIFFER = re.compile(r"checkpoint|training|lpips|folder|path|content|manifest|_dir|distinct|batch|seconds|version")
+# The real images, which decide what a distance to them means, must agree whatever their folder is called: as what they were
+# taken from (content: of the data set), or as pixels.
+SAME_REAL = re.compile(r"^real\.(content|split|pixels)$")
+# What all files of one tag must have been made with, where they say so.
+OF_MODEL = ("checkpoint_sha256", "weights", "temperature")
 # Of the manifest of an export, what the report shows.
 MADE_BY = ("kind", "split", "checkpoint_sha256", "weights", "seed", "temperature", "latent")
 
@@ -318,6 +321,29 @@ def differing(protocols, must_agree=lambda key: True):
         if len(stated) > 1:
             out[key] = stated
     return out
+
+
+def one_way_to_say_it(protocol):
+    """A flat protocol of PR_Calculate.py, with what it knows from manifests under the names that test.py has for it too."""
+    names = {"real.manifest.split": "real.split", "real.manifest.data": "real.content",
+             **{f"fake.manifest.{name}": name for name in OF_MODEL}, "fake.temperature": "temperature"}
+    return {**{names[key]: text for key, text in protocol.items() if key in names}, **protocol}
+
+
+def mixed_models(protocols, evaluations):
+    """Warnings for tags whose sharpness and evaluations are of different models."""
+    made = {}                                                   # {tag: {file: what it was made with}}
+    for tag, protocol in protocols.items():
+        made.setdefault(tag, {})[f"cache_{tag}.csv"] = flatten((protocol or {}).get("made_by", {}))
+    for e in evaluations:
+        made.setdefault(e["tag"], {})[e["file"]] = one_way_to_say_it(e["protocol"])
+    warnings = []
+    for tag, files in made.items():
+        if tag != REFERENCE:
+            for key, stated in differing(files, OF_MODEL.__contains__).items():
+                texts = "; ".join(f"{text[:12]} in {', '.join(where)}" for text, where in stated.items())
+                warnings.append(f"{tag}: its files are not of one model and one way of sampling it, {key} differs: {texts}")
+    return warnings
 
 
 def evaluation_key_matters(key):
@@ -580,7 +606,7 @@ def difference_figure(metric, names, results, confidence):
     right.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     right.set_axisbelow(True)
     right.set_xlabel("difference to real (% of real)" if relative else f"difference to real\n({unit})")
-    right.set_title("Mean (filled) and median (open)", fontsize=10)
+    right.set_title("Mean (filled) and median (open)", fontsize=10, loc="right")       # over the names, where they are long
     fig.suptitle(title, fontsize=11)
     # The texts afterwards: Matplotlib leaves out labels that begin with an underscore, 3.8 even those it is given.
     legend = fig.legend(left.lines[:len(names)], [name.lstrip("_") or "-" for name in legend_labels],
@@ -644,6 +670,21 @@ def evaluation_table(evaluations):
             line[columns.index("kid")] += f" ± {short(e['metrics']['kid_std'])}"
         cells.append([e["tag"], *line, e["file"]])
     return header, cells
+
+
+# Of a protocol, the columns of evaluation.csv; the report has all of it.
+PROTOCOL_COLUMNS = {"real.images": "real_images", "fake.images": "fake_images", "real.split": "real_split",
+                    "features.name": "features", "features.dims": "dims", "k": "k", "nearest_k": "nearest_k", "pca": "pca",
+                    **{name: name for name in (*OF_MODEL, "seed")}}
+
+
+def evaluation_record(e):
+    """A row of evaluation.csv: a Fréchet distance of other features than FID's has a column of its own."""
+    metrics, protocol = {c: e["metrics"].get(c) for c in [*EVALUATION, "kid_std"]}, one_way_to_say_it(e["protocol"])
+    if not is_fid(e):
+        metrics = {"frechet_distance": metrics["fid"], **metrics, "fid": None}
+    return {"variant": e["tag"], **metrics, **{name: protocol.get(key) for key, name in PROTOCOL_COLUMNS.items()},
+            "file": e["file"]}
 
 
 def markdown(text):
@@ -850,11 +891,11 @@ def main(argv=None):
     folder = Path(args.cache_dir)
     tables, protocols, warnings = load_variants(folder, args.model_order)
     evaluations, more = read_evaluations(folder)
-    warnings += more
+    warnings += more + mixed_models(protocols, evaluations)
     tags, _ = order_names([e["tag"] for e in evaluations], args.model_order)
     evaluations.sort(key=lambda e: (tags.index(e["tag"]), e["file"]))
     protocol_warnings = []
-    for key, stated in differing({f"{e['tag']} ({e['file']})": e["protocol"] for e in evaluations},
+    for key, stated in differing({f"{e['tag']} ({e['file']})": one_way_to_say_it(e["protocol"]) for e in evaluations},
                                  evaluation_key_matters).items():
         texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
         protocol_warnings.append(f"The rows below are not comparable, {key} differs: {texts}")
@@ -884,8 +925,7 @@ def main(argv=None):
         md += ["## Whole sets of images", *(f"**{markdown(w)}**" for w in protocol_warnings),
                markdown_table(header, cells),
                "\n".join(f"- {markdown(t)}: {markdown('; '.join(texts))}" for t, texts in details)]
-        frame = pd.DataFrame([{"variant": e["tag"], **{c: e["metrics"].get(c) for c in [*EVALUATION, "kid_std"]},
-                               "file": e["file"]} for e in evaluations])
+        frame = pd.DataFrame([evaluation_record(e) for e in evaluations])
         files["evaluation.csv"] = frame.dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")
 
     for metric, by_name in results.items():

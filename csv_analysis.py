@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -34,7 +33,6 @@ from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
 from utils import (
-    MANIFEST,
     FlagParser,
     UserError,
     atomic_write,
@@ -45,11 +43,13 @@ from utils import (
     png_is_whole,
     read_image,
     read_json,
+    read_manifest,
     relative_names,
     run,
     sha256_file,
     with_checksum,
     writable_folder,
+    write_json,
 )
 
 METRICS = ("lap_var", "tenengrad", "hf_ratio", "hf_ratio_ac")
@@ -363,8 +363,7 @@ def main(argv=None):
     out = writable_folder(args.out_dir, "--out_dir")
     cache, fingerprint = out / f"cache_{args.tag}.csv", out / f"cache_{args.tag}.json"
     summary = out / f"{args.tag}_statistics.csv"
-    manifest = Path(args.gen, MANIFEST)                         # of an export: its checkpoint, seed and weights
-    manifest = read_json(manifest) if manifest.is_file() else None
+    manifest = read_manifest(args.gen, len(files))              # of an export: its checkpoint, seed and weights
     names = relative_names(files, args.gen)
     definitions = {**DEFINITIONS, "r0": args.r0}
     workers = args.workers or (cpu_count() if len(files) >= 1000 else 1)
@@ -374,6 +373,10 @@ def main(argv=None):
     if found:
         table, record = found
         print(f"{cache}: up to date, {len(table):,} images")
+        now = {"folder": str(args.gen), "manifest": manifest}   # the same images may lie elsewhere, or have got a manifest
+        if any(record.get(key) != value for key, value in now.items()):
+            record = {**record, **now}
+            write_json(fingerprint, record)
         statistics_text = statistics(table).to_csv(index=False, lineterminator="\n").encode()
         if not summary.is_file() or summary.read_bytes() != statistics_text:
             with atomic_write(summary) as f:

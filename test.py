@@ -157,12 +157,14 @@ def build_parser():
     group.add_argument("--temperature", type=float, default=1.0,
                        help="factor of the components' sigma, 0 = their means")
     group.add_argument("--png_threads", type=int, default=0, help="threads that write images; 0 = the cores, at most 8")
-    group.add_argument("--overwrite", action="store_true", help="replace exports that do not match what is asked for")
+    group.add_argument("--overwrite", action="store_true", 
+                       help="replace exports that do not match what is asked for, and an evaluation of another model")
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--do_pictures", type=true_false, default=True, metavar="True|False", help="(default True)")
     group.add_argument("--latent_map", choices=("pca", "tsne"), default="pca", help="how the latent map is flattened")
-    group.add_argument("--map_images", type=int, default=2000, help="held-out images in the latent map")
+    group.add_argument("--map_images", type=int, default=2000,
+                       help="held-out images in the latent map, with --diagnose at most --diagnose_images")
 
     group = parser.add_argument_group("diagnostics and likelihood")
     group.add_argument("--diagnose", action="store_true", help="health of the latent space, on held-out images")
@@ -203,6 +205,8 @@ def check_flags(args):
         raise UserError(f"--real_dirname, --fake_dirname and --recon_dirname must differ, not {', '.join(names)}")
     if args.tag is not None:
         require_plain_name("--tag", args.tag)
+        if len(os.fsencode(args.tag)) > 200:
+            raise UserError(f"--tag {args.tag[:20]!r}...: longer than 200 bytes, which file names of it would not bear")
 
 
 def require_plain_name(what, name):
@@ -915,10 +919,11 @@ def save_latent_map(path, model, posterior, n, method, seed):
         labels = f"t-SNE 1 (perplexity {perplexity:.0f}, no scale)", "t-SNE 2"
     else:
         from sklearn.decomposition import PCA
-        pca = PCA(min(2, means.shape[1], len(means))).fit(means)
+        fitted, whose = (means, "means") if len(means) > 1 else (np.concatenate([means, components]), "mean and components")
+        pca = PCA(min(2, fitted.shape[1], len(fitted))).fit(fitted)
         points, marks = (np.pad(pca.transform(x), ((0, 0), (0, 2 - pca.n_components_))) for x in (means, components))
         share = [*pca.explained_variance_ratio_, 0.0]
-        labels = (f"principal component 1 of the means ({share[0]:.0%} of their variance)",
+        labels = (f"principal component 1 of the {whose} ({share[0]:.0%} of their variance)",
                   f"principal component 2 ({share[1]:.0%})")
     name = {"vamp": "means of the pseudo-inputs", "mog": "means of the components", "standard": "mean of the prior"}
     fig, ax = figure(figsize=(7.5, 6.5))
@@ -953,7 +958,8 @@ def save_pictures(args, model, sets, posterior, folder, flip):
     first = ["pseudo-input"] if model.prior == "vamp" else []
     headings = dict(enumerate([*first, "mean", "samples"]))
     which = f"the {len(rows)} most used of {len(usage)}" if len(rows) < len(usage) else f"all {len(usage)}"
-    save_rows(folder / "components.png", f"Samples of the prior's components, {which}\n(share: mean responsibility for "
+    at = "" if args.temperature == 1 else f", temperature {args.temperature:g}"
+    save_rows(folder / "components.png", f"Samples of the prior's components, {which}{at}\n(share: mean responsibility for "
               f"{len(posterior.mu):,} held-out images)", rows, headings=headings)
 
     chosen = held_out.take(spread(16, len(held_out)).tolist()).to(device)
@@ -969,7 +975,7 @@ def save_pictures(args, model, sets, posterior, folder, flip):
 
     rows, ours, theirs = nearest_rows(samples[:30], shown, train, flip)
     medians = f"samples {ours:.1f}, held-out images {theirs:.1f}"
-    title = (f"Samples over their nearest training images{', mirrored or not' if flip else ''} (pixel L2;\n"
+    title = (f"Samples{at} over their nearest training images{', mirrored or not' if flip else ''} (pixel L2;\n"
              f"RMS distance in grey levels below). Median: {medians};\ncopies of training images would lie near 0")
     save_rows(folder / "nearest.png", title, rows, group=2)
 
@@ -1041,21 +1047,33 @@ def save_diagnostics(path, result, posterior, title):
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes next, and main
 
-def next_commands(args, tag, device):
-    """The commands that turn the exports into numbers and figures, ready for a shell; those whose folders are there."""
+def is_export(folder, **entries):
+    """Does the folder hold a finished export that says so of itself?"""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, UserError):
+        return False
+    return manifest.get("done") == manifest.get("count") and all(manifest.get(k) == v for k, v in entries.items())
+
+
+def next_commands(args, tag, device, identity):
+    """The commands that turn the exports into numbers and figures, ready for a shell; those whose folders are there, and are
+    what this command would have exported (identity: of the model)."""
     real, fake = (Path(args.export_dir, name) for name in (args.real_dirname, args.fake_dirname))
+    there = {real: is_export(real, kind="real", split=args.real_split),
+             fake: is_export(fake, kind="samples", **identity, seed=args.seed, temperature=args.temperature)}
     quality, compare = (Path(args.save_dir, name) for name in (QUALITY_DIR, "compare"))
     try:
         tag = safe_tag("real_samples" if tag == "real" else tag)
     except argparse.ArgumentTypeError:                          # csv_analysis.py would refuse it
         tag = safe_tag(f"run_{re.sub(r'[^A-Za-z0-9_.+-]', '_', tag)[:80]}_{zlib.crc32(os.fsencode(tag)):08x}")
     commands = []
-    if real.is_dir() and fake.is_dir():
+    if all(there.values()):
         number = sum(EXPORTED.fullmatch(name) is not None for name in os.listdir(real))
         commands += [["-m", "pytorch_fid", real, fake],
                      ["PR_Calculate.py", "--real_dir", real, "--fake_dir", fake, "--device", device.type, "--pca_dim",
                       min(args.pca_dim, number), "--tag", tag, "--out", Path(quality, f"pr_{tag}.json")]]
-    folders = {name: folder for name, folder in ((tag, fake), ("real", real)) if folder.is_dir()}
+    folders = {name: folder for name, folder in ((tag, fake), ("real", real)) if there[folder]}
     commands += [["csv_analysis.py", "--gen", folder, "--out_dir", quality, "--tag", name] for name, folder in folders.items()]
     if folders:
         known = ["VAE"] if Path(quality, "cache_VAE.csv").exists() else []
@@ -1064,9 +1082,21 @@ def next_commands(args, tag, device):
     return [shlex.join(["python", *map(str, c)]) for c in commands]
 
 
+def require_same_model(path, identity):
+    """Raise UserError if an evaluation at `path` is of another model, or of other samples of it, than `identity` says."""
+    if not path.is_file():
+        return
+    protocol = read_json(path).get("protocol", {})
+    found = {**protocol, "temperature": protocol.get("fake", {}).get("temperature")}
+    differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in identity.items() if found.get(k) != v]
+    if differs:
+        raise UserError(f"{path} is the evaluation of another {', '.join(differs)}; another --tag keeps both, --overwrite "
+                        f"replaces it")
+
+
 def open_data(args, checkpoint, model, device):
-    """{"train": ..., "test": ...} of the checkpoint's data set, wherever it lies now. Raises UserError if it is not the
-    one that the model was trained on."""
+    """{"train": ..., "test": ...} of the checkpoint's data set, wherever it lies now, and a warning if it is not the one that
+    the model was trained on. Without --allow_other_data that is a UserError."""
     parser = argparse.ArgumentParser()
     add_data_flags(parser)
     check_saved_flags(parser, checkpoint["args"], args.resume)
@@ -1081,8 +1111,8 @@ def open_data(args, checkpoint, model, device):
         if not args.allow_other_data:
             raise UserError(f"{problem} ({len(train):,} training images there); find those, or accept others with "
                             f"--allow_other_data")
-        print(f"warning: {problem}; every number below mixes two data sets", file=sys.stderr)
-    return {"train": train, "test": test}
+        return {"train": train, "test": test}, f"{problem}; every number below mixes two data sets"
+    return {"train": train, "test": test}, None
 
 
 def main():
@@ -1113,7 +1143,7 @@ def export_and_measure(args, locks):
     if args.eval_out and Path(args.eval_out).is_dir():
         raise UserError(f"--eval_out {args.eval_out}: is a folder; name a file")
     measured = args.do_pictures or args.diagnose or args.nll or args.evaluate
-    sets = open_data(args, checkpoint, model, device) if args.do_real or args.do_recon or measured else {}
+    sets, mixed = open_data(args, checkpoint, model, device) if args.do_real or args.do_recon or measured else ({}, None)
     if args.evaluate:
         N = len(spread(args.eval_images, len(sets[args.real_split])))
         check_neighbours(args.k, args.nearest_k, N, N)
@@ -1130,6 +1160,10 @@ def export_and_measure(args, locks):
         eval_out = Path(args.eval_out or folder / f"evaluation_{tag}.json")
         writable_folder(eval_out.parent, "--eval_out")
         quality = writable_folder(Path(args.save_dir, QUALITY_DIR), "--save_dir")
+        evaluations = (eval_out, quality / f"evaluation_{tag}.json")
+        if not args.overwrite:
+            for path in evaluations:
+                require_same_model(path, {**identity, "temperature": args.temperature, "seed": args.seed})
 
     if measured and is_main():                                  # else only lines are added to the log
         locks.enter_context(lock_folder(folder, "--save_dir"))
@@ -1151,9 +1185,13 @@ def export_and_measure(args, locks):
     if sets:
         say(f"data        {checkpoint['args']['dataset']} in {args.data_dir}: {len(sets['train']):,} training and "
             f"{len(sets['test']):,} held-out images, {'x'.join(map(str, sets['train'].shape))}")
+    if mixed:
+        for place in (sys.stderr, log):
+            print(f"warning: {mixed}", file=place, flush=True)
     say(f"results     {folder}")
     provenance = {"checkpoint": str(args.resume), **identity, "epoch": checkpoint["epoch"], "seed": args.seed,
-                  "training_seed": checkpoint["args"].get("seed"), "lpips_sha256": checkpoint.get("lpips_id"),
+                  "training_seed": checkpoint["args"].get("seed"), "training_data": checkpoint.get("data_id"),
+                  "data_is_training_data": not mixed, "lpips_sha256": checkpoint.get("lpips_id"),
                   "device": str(device),
                   "versions": {"python": platform.python_version(), "numpy": np.__version__}
                   | {name: version(name) for name in ("torch", "torchvision", "pytorch-fid")}}
@@ -1192,7 +1230,7 @@ def export_and_measure(args, locks):
         return
     if args.evaluate:
         metrics, protocol = evaluate(args, model, sets[args.real_split], extractor, features)
-        for path in (eval_out, quality / f"evaluation_{tag}.json"):
+        for path in evaluations:
             write_json(path, {"tag": tag, "metrics": metrics, "protocol": protocol | provenance})
         name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
         say(f"evaluation  {name} {metrics['fid']:.3f}, KID {kernel_text(metrics, 5)}, "
@@ -1201,7 +1239,7 @@ def export_and_measure(args, locks):
         say(f"            where quality is lost: samples {metrics['fid']:.3f}, reconstructions "
             f"{metrics['fid_reconstructed']:.3f}{bypassed}; the prior's gap is {metrics['fid_prior_gap']:.3f}")
         say(f"            {protocol['real']['images']:,} real and {protocol['fake']['images']:,} generated images; "
-            f"written to {eval_out} and, for comparison.py, to {quality / f'evaluation_{tag}.json'}")
+            f"written to {eval_out} and, for comparison.py, to {evaluations[1]}")
 
     # -- pictures, diagnostics ------------------------------------------------------------------------------------
     if args.do_pictures or args.diagnose:
@@ -1229,7 +1267,7 @@ def export_and_measure(args, locks):
                 f"{result['round_trip_error_float32']:.1e} in float32, "
                 f"{result['round_trip_error_float64']:.1e} in float64")
 
-    if commands := next_commands(args, tag, device):
+    if commands := next_commands(args, tag, device, identity):
         print("\nnext:", *commands, sep="\n  ")
 
 

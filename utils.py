@@ -89,8 +89,16 @@ def run(main):
     message = code = None
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         message = str(e)
+    except BrokenPipeError:
+        try:
+            print(flush=True)                             # is it that pipe?
+        except BrokenPipeError:                           # its reader has gone, as `head` does when it has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the interpreter complains at its end
+            sys.exit(141)
+        raise
     except OSError as e:
         if e.errno not in ERRNO_HINTS:
             raise
@@ -586,6 +594,22 @@ def below(folder):
     """What the path of every file below a folder starts with: the folder and a separator, nothing for "."."""
     folder = str(Path(folder))
     return "" if folder == "." else os.path.join(folder, "")
+
+
+def read_manifest(folder, count):
+    """What an export says of itself, None if the folder is none; a warning where its `count` images are not all of it."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    if "checksum" not in manifest:
+        print(f"warning: {path} has no checksum: damage to it, or an edit, would not show", file=sys.stderr)
+    whole = manifest.get("count", count)
+    done = manifest.get("done", whole)
+    if done != whole or count != whole:
+        print(f"warning: {folder}: {count:,} images of an export of {whole}" + (f", {done} of them finished; run its test.py "
+              f"command again" if done != whole else ""), file=sys.stderr)
+    return manifest
 
 
 def relative_names(paths, folder):

@@ -433,6 +433,42 @@ def test_evaluations_with_different_protocols_are_not_comparable(tmp_path):
             assert next(iter(differ)).startswith(next(iter(change)))
 
 
+def test_the_same_reference_is_known_by_either_script_s_names(tmp_path):
+    """test.py states split and content of the real images, PR_Calculate.py the manifest of their export and their pixels."""
+    ours = {"real": {"images": 9, "split": "train", "content": "c"}, "lpips_sha256": None}
+    theirs = {"real": {"images": 9, "manifest": {"split": "train", "data": "c"}, "pixels": "p"}, "lpips_sha256": "x"}
+    other = {"real": {"images": 9, "manifest": {"split": "test", "data": "d"}, "pixels": "q"}}
+
+    def differ(*protocols):
+        flat = [comparison.one_way_to_say_it(comparison.flatten(p)) for p in protocols]
+        return set(comparison.differing(dict(enumerate(flat)), comparison.evaluation_key_matters))
+    assert differ(ours, theirs) == set()
+    assert differ(ours, other) == {"real.split", "real.content"}
+    assert differ({"real": {"pixels": "p"}}, {"real": {"pixels": "q"}}) == {"real.pixels"}
+
+
+def test_files_of_different_models_under_one_tag_are_said(tmp_path, script):
+    folder = write_caches(tmp_path / "in", a=sample(20), b=sample(20), real=sample(20, seed=1))
+    for name, temperature in (("a", 1.0), ("b", 0.5)):
+        write_json(folder / f"cache_{name}.json",
+                   {"definitions": {"r0": 1}, "sizes": {"8x8": 20}, "skipped": [], "folder": "f",
+                    "manifest": {"kind": "samples", "seed": 71, "checkpoint_sha256": "abc" * 20, "weights": "ema",
+                                 "temperature": temperature},
+                    "cache_sha256": sha256_file(folder / f"cache_{name}.csv")})
+        write_evaluation(folder, f"evaluation_{name}.json", {"fid": 1.0}, {"checkpoint_sha256": "abc" * 20, "weights": "ema",
+                                                                           "fake": {"temperature": temperature}, "seed": 0})
+        write_evaluation(folder, f"pr_{name}.json", {"fid": 1.0},
+                         {"fake": {"manifest": {"checkpoint_sha256": "abc" * 20, "weights": "ema",
+                                                "temperature": temperature}}})
+    _, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+    assert "not of one model" not in stderr
+    write_evaluation(folder, "evaluation_a.json", {"fid": 1.0}, {"checkpoint_sha256": "d" * 60, "weights": "raw"})
+    _, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+    said = [line for line in stderr.splitlines() if "not of one model" in line]
+    assert len(said) == 2 and all(line.startswith("warning: a: ") for line in said)
+    assert "checkpoint_sha256 differs: abcabcabcabc in cache_a.csv, pr_a.json; dddddddddddd in evaluation_a.json" in said[0]
+
+
 def test_only_the_published_features_make_a_fid(tmp_path, script):
     folder = write_caches(tmp_path / "in", a=sample(20), real=sample(20, seed=1))
     for dims, title in ((2048, "FID ↓"), (64, "Fréchet distance ↓")):
@@ -441,6 +477,9 @@ def test_only_the_published_features_make_a_fid(tmp_path, script):
         assert f"| variant | {title} | file |" in (tmp_path / "out" / "summary.md").read_text()
         for said in (stderr, Page(tmp_path / "out" / "report.html").text):
             assert ("evaluation_a.json: its Fréchet distance is of 64 features" in said) == (dims == 64)
+        row, = pd.read_csv(tmp_path / "out" / "evaluation.csv").to_dict("records")
+        assert row == {"variant": "a", "fid" if dims == 2048 else "frechet_distance": 1.0, "dims": dims,
+                       "file": "evaluation_a.json"}
 
 
 def test_different_protocols_are_said_visibly(tmp_path, script):

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 import csv_analysis
 from csv_analysis import METRICS, analyse, decode_grey, sharpness, statistics, to_grey
-from utils import list_images, read_image, write_json
+from utils import list_images, read_image, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "csv_analysis.py")
@@ -221,6 +221,25 @@ def test_unchanged_folder_reuses_the_cache(cached):
     after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
     assert after[out / "t_statistics.csv"][1] == before[out / "t_statistics.csv"][1]
     assert after[out / "cache_t.csv"] == before[out / "cache_t.csv"]
+
+
+def test_a_reused_cache_says_where_the_images_lie_now(cached, script):
+    _, folder, out = cached
+    moved = folder.rename(folder.with_name("moved"))
+    write_json(moved / "manifest.json", {"kind": "samples", "count": 5, "done": 5})
+    code, stdout, stderr = script("--gen", moved, "--out_dir", out, "--tag", "t")
+    record = read_json(out / "cache_t.json")
+    assert code == 0 and "up to date" in stdout and stderr == ""
+    assert record["folder"] == str(moved) and record["manifest"]["kind"] == "samples" and "cache_sha256" in record
+
+
+def test_an_unfinished_export_is_said(cached, script):
+    again, folder, out = cached
+    for manifest, said in (({"count": 9, "done": 5}, "5 images of an export of 9, 5 of them finished; run its test.py command"),
+                           ({"count": 6, "done": 6}, "5 images of an export of 6"), ({"count": 5, "done": 5}, None)):
+        write_json(folder / "manifest.json", manifest)
+        code, _, stderr = again()
+        assert code == 0 and (said in stderr if said else stderr == "")
 
 
 @pytest.mark.parametrize("change", ["pixels", "name", "added", "r0", "definition"])

@@ -311,7 +311,7 @@ def test_command_line_reports_every_metric_with_its_protocol(folders, fake_hub, 
     assert done.returncode == 0, done.stderr
     assert "only 42 images" in done.stderr and "covariance" in done.stderr
     report = json.loads(out.read_text())
-    assert report["tag"] == "mine"
+    assert report["tag"] == "mine" and "pixels, --fake_dir" not in done.stderr
     assert set(report["metrics"]) == {"fid", "kid", "kid_std", "precision", "recall", "density", "coverage"}
     protocol = report["protocol"]
     assert protocol["real"]["images"] == 42 and protocol["pca"].startswith("16 dimensions fitted on the real features")
@@ -378,6 +378,22 @@ def test_each_distinct_image_passes_the_network_once(tmp_path):
     table, rows = PR_Calculate.folder_features(extractor, [other, surveys[1]], 4, cache)
     assert extractor.seen == 18
     assert np.array_equal(table[rows[1]], PooledPixels()(decode_images(surveys[1].paths)).numpy())
+
+
+def test_pixels_name_a_folder_by_its_content_and_sizes_that_differ_are_said(tmp_path, monkeypatch, capsys):
+    for name, size, seed in (("a", 8, 0), ("b", 8, 1), ("small", 4, 0)):
+        write_images(tmp_path / name, 5, size=size, seed=seed)
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "c" / "00000.png").rename(tmp_path / "c" / "zzz.png")
+    pixels = {name: PR_Calculate.describe_folder(PR_Calculate.survey_folder(tmp_path / name, "--real_dir"))["pixels"]
+              for name in ("a", "b", "c")}
+    assert pixels["a"] == pixels["c"] != pixels["b"]
+    monkeypatch.setattr(PR_Calculate, "InceptionFeatures", lambda *args, **kwargs: PooledPixels())
+    for fake in ("b", "small"):
+        monkeypatch.setattr(sys, "argv", ["PR_Calculate.py", "--real_dir", str(tmp_path / "a"), "--fake_dir",
+                                          str(tmp_path / fake), "--device", "cpu", "--pca_dim", "0", "--nearest_k", "3"])
+        PR_Calculate.main()
+        assert ("--real_dir has images of 8x8 pixels, --fake_dir of 4x4" in capsys.readouterr().err) == (fake == "small")
 
 
 @pytest.mark.parametrize("pca_dim", [0, 2])

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -32,6 +33,7 @@ from utils import (
     load_data,
     load_model,
     mean_and_covariance,
+    read_json,
     save_checkpoint,
     seeded,
     to_float,
@@ -272,13 +274,30 @@ def test_exports_go_where_they_are_sent(checkpoint, data, monkeypatch, tmp_path,
     assert [c[1] for c in commands] == ["csv_analysis.py", "comparison.py"]
     assert commands[0][2:4] == ["--gen", str(folders["fake"])] and commands[0][-1].startswith("run_-a_b__c__")
     assert commands[1][-1] == f"VAE,{commands[0][-1]}"
-    folders["real"].mkdir()
-    args = script.build_parser().parse_args(["--resume", "x", "--export_dir", str(folders["fake"].parent)])
-    measured = [shlex.split(c) for c in script.next_commands(args, "real", torch.device("cpu")) if "csv_analysis" in c]
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--export_dir", tmp_path / "ex ports", "--num_samples", 5, "--tag", "real")
+    commands = [shlex.split(line) for line in capsys.readouterr().out.split("next:\n")[1].splitlines()]
+    measured = [c for c in commands if c[1] == "csv_analysis.py"]
     assert [(c[3], c[-1]) for c in measured] == [(str(folders["fake"]), "real_samples"), (str(folders["real"]), "real")]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--export_dir"):
         export(monkeypatch, tmp_path, checkpoint, "--export_dir", tmp_path / "file")
+
+
+def test_other_exports_are_in_no_command(checkpoint, data, monkeypatch, tmp_path, capsys):
+    """Their numbers would be taken for this checkpoint's."""
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--num_samples", 5)
+    manifest = data / "fake_cifar" / "manifest.json"
+
+    def measured(*flags):
+        capsys.readouterr()
+        main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_real", "False", "--do_fake", "False", *flags)
+        return re.findall(r"--gen \S*?(\w+)_cifar", capsys.readouterr().out.replace("the data", "the_data"))
+    assert measured() == ["fake", "real"]
+    for flags in (["--temperature", 0.5], ["--seed", 1], ["--weights", "raw"]):
+        assert measured(*flags) == ["real"]
+    assert measured("--real_split", "test") == ["fake"]
+    write_json(manifest, {**read_json(manifest), "done": 3})
+    assert measured() == ["real"]
 
 
 def test_part_of_a_split_is_spread_over_it(checkpoint, data, monkeypatch, tmp_path):
@@ -717,6 +736,19 @@ def test_evaluation_equals_pr_calculate_on_the_exports(fake_hub, checkpoint, dat
     assert written["metrics"]["fid_prior_gap"] == pytest.approx(written["metrics"]["fid"] -
                                                                 written["metrics"]["fid_reconstructed"])
     assert written["protocol"]["weights"] == "ema" and written["protocol"]["features"]["dims"] == 64
+    assert written["protocol"]["training_data"] == data_set(data)[0].fingerprint
+    assert written["protocol"]["data_is_training_data"] is True
+    # Of other samples it is another evaluation, which replaces none unasked.
+    flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--evaluate", "--eval_images", 16, "--fid_dims", 64,
+             "--pca_dim", 8, "--tag", "ours"]
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"evaluation_ours.json is the evaluation of another temperature \(1.0, not 0.5\), "
+                                        r"seed \(0, not 1\); another --tag keeps both"):
+        main(monkeypatch, tmp_path, checkpoint, *flags, "--temperature", 0.5, "--seed", 1)
+    main(monkeypatch, tmp_path, checkpoint, *flags)
+    assert json.loads(path.read_text())["metrics"]["fid"] == pytest.approx(written["metrics"]["fid"], rel=1e-4)
+    main(monkeypatch, tmp_path, checkpoint, *flags, "--temperature", 0.5, "--overwrite")
+    assert json.loads(path.read_text())["protocol"]["fake"]["temperature"] == 0.5 and path.read_bytes() != before
 
 
 class Recorder:
@@ -875,3 +907,16 @@ def test_other_data_are_accepted_aloud(checkpoint, data, tmp_path, monkeypatch, 
     write_images(other / "test", 2, size=8)
     main(monkeypatch, tmp_path, checkpoint, *QUIET, "--num_samples", 5, "--data_dir", other, "--allow_other_data")
     assert "warning:" in capsys.readouterr().err and len(read(other / "real_cifar")[0]) == 6
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_fake", "False", "--do_real", "False", "--data_dir", other,
+         "--allow_other_data", "--diagnose")
+    folder = tmp_path / "results" / "run" / "test"
+    assert "warning: --data_dir" in (folder / "test_log.txt").read_text()
+    protocol = json.loads((folder / "diagnostics.json").read_text())["protocol"]
+    assert protocol["data_is_training_data"] is False and protocol["training_data"] == data_set(data)[0].fingerprint
+
+
+def test_a_single_held_out_image_has_a_map(monkeypatch, tmp_path, data, checkpoint, recwarn):
+    model, _ = load_model(checkpoint, "cpu")
+    posterior = script.collect_posterior(model, data_set(data)[1], torch.tensor([0]), 1, 0)
+    script.save_latent_map(tmp_path / "map.png", model, posterior, 10, "pca", 0)
+    assert (tmp_path / "map.png").is_file() and not [w for w in recwarn if "divide" in str(w.message)]
