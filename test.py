@@ -157,7 +157,7 @@ def build_parser():
     group.add_argument("--temperature", type=float, default=1.0,
                        help="factor of the components' sigma, 0 = their means")
     group.add_argument("--png_threads", type=int, default=0, help="threads that write images; 0 = the cores, at most 8")
-    group.add_argument("--overwrite", action="store_true", 
+    group.add_argument("--overwrite", action="store_true",
                        help="replace exports that do not match what is asked for, and an evaluation of another model")
 
     group = parser.add_argument_group("pictures")

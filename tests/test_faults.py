@@ -571,7 +571,9 @@ def test_checkpoints_from_before_a_flag_are_taken(checkpoint, call, tmp_path):
         older(c)
         del c["args"]["preset"]
     path = checkpoint(before_presets)
-    assert call(train.main, "--resume", path, "--preset", "best", "--save_dir", tmp_path, "--exp_name", "again")[0] == 0
+    assert_refused(call(train.main, "--resume", path, "--preset", "best"), path,
+                   "was trained with other values of --preset (None, not best)")
+    assert call(train.main, "--resume", path, "--save_dir", tmp_path, "--exp_name", "again")[0] == 0
 
 
 @pytest.mark.parametrize("change", [
