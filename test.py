@@ -158,7 +158,7 @@ def build_parser():
                        help="factor of the components' sigma, 0 = their means")
     group.add_argument("--png_threads", type=int, default=0, help="threads that write images; 0 = the cores, at most 8")
     group.add_argument("--overwrite", action="store_true",
-                       help="replace exports that do not match what is asked for, and an evaluation of another model")
+                       help="replace exports that do not match what is asked for, and evaluations of other samples")
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--do_pictures", type=true_false, default=True, metavar="True|False", help="(default True)")
@@ -1056,11 +1056,11 @@ def is_export(folder, **entries):
     return manifest.get("done") == manifest.get("count") and all(manifest.get(k) == v for k, v in entries.items())
 
 
-def next_commands(args, tag, device, identity):
+def next_commands(args, tag, device, identity, data):
     """The commands that turn the exports into numbers and figures, ready for a shell; those whose folders are there, and are
-    what this command would have exported (identity: of the model)."""
+    what this command would have exported. identity: of the model; data: {} or {"data": fingerprint of the real images}."""
     real, fake = (Path(args.export_dir, name) for name in (args.real_dirname, args.fake_dirname))
-    there = {real: is_export(real, kind="real", split=args.real_split),
+    there = {real: is_export(real, kind="real", split=args.real_split, **data),
              fake: is_export(fake, kind="samples", **identity, seed=args.seed, temperature=args.temperature)}
     quality, compare = (Path(args.save_dir, name) for name in (QUALITY_DIR, "compare"))
     try:
@@ -1086,8 +1086,9 @@ def require_same_model(path, identity):
     """Raise UserError if an evaluation at `path` is of another model, or of other samples of it, than `identity` says."""
     if not path.is_file():
         return
-    protocol = read_json(path).get("protocol", {})
-    found = {**protocol, "temperature": protocol.get("fake", {}).get("temperature")}
+    protocol = read_json(path).get("protocol")
+    found = dict(protocol) if isinstance(protocol, dict) else {}
+    found["temperature"] = found["fake"].get("temperature") if isinstance(found.get("fake"), dict) else None
     differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in identity.items() if found.get(k) != v]
     if differs:
         raise UserError(f"{path} is the evaluation of another {', '.join(differs)}; another --tag keeps both, --overwrite "
@@ -1186,7 +1187,7 @@ def export_and_measure(args, locks):
         say(f"data        {checkpoint['args']['dataset']} in {args.data_dir}: {len(sets['train']):,} training and "
             f"{len(sets['test']):,} held-out images, {'x'.join(map(str, sets['train'].shape))}")
     if mixed:
-        for place in (sys.stderr, log):
+        for place in (sys.stderr, log) if is_main() else ():
             print(f"warning: {mixed}", file=place, flush=True)
     say(f"results     {folder}")
     provenance = {"checkpoint": str(args.resume), **identity, "epoch": checkpoint["epoch"], "seed": args.seed,
@@ -1267,7 +1268,9 @@ def export_and_measure(args, locks):
                 f"{result['round_trip_error_float32']:.1e} in float32, "
                 f"{result['round_trip_error_float64']:.1e} in float64")
 
-    if commands := next_commands(args, tag, device, identity):
+    data = {"data": sets[args.real_split].fingerprint} if sets else \
+        {"data": checkpoint.get("data_id")} if args.real_split == "train" else {}
+    if commands := next_commands(args, tag, device, identity, data):
         print("\nnext:", *commands, sep="\n  ")
 
 

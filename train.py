@@ -92,7 +92,7 @@ LPIPS_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", 
 DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64], latent_dim=16, num_components=50,
             flow_length=2, flow_seq_len=2, flow_embed_dim=32, flow_heads=2, flow_layers=1, lpips_net="none", fid_every=0,
             epochs=30, warmup_epochs=0, beta_max=0.4, free_bits=0.0, lr=2e-3, ema_decay=0.99, batch_size=64,
-            sample_every=10, threads=1, overwrite=True)
+            sample_every=10, threads=1)
 
 # What --preset changes in the default recipe; --demo and any flag beside it still win. best: the last halving, to 2x2
 # pixels of 32, costs time and quality. gmm: a second stage, the Gaussian mixture of Ghosh et al. 2020; what it names is not
@@ -301,7 +301,7 @@ def check_flags(args, given):
         (args.lpips_net != "none" and args.lpips_weight == 0, "--lpips_weight 0: use --lpips_net none"),
         (args.stop_epoch > args.epochs, f"--stop_epoch {args.stop_epoch} lies after --epochs {args.epochs}"),
         (args.lr_min > args.lr, f"--lr_min {args.lr_min} is above --lr {args.lr}"),
-        (args.resume and args.overwrite and "overwrite" in given, "--resume with --overwrite: go on, or start again?"),
+        (args.resume and args.overwrite, "--resume with --overwrite: go on, or start again?"),
     ]
     for wrong, message in senseless:
         if wrong:
@@ -313,8 +313,11 @@ def check_flags(args, given):
 
 def files_of_run(folder):
     """{name: what changes when it is written} of the files that say how far a run has come."""
-    return {path.name: (stat.st_ino, stat.st_mtime_ns) for pattern in ("*.pth", "history.csv")
-            for path in folder.glob(pattern) for stat in [path.stat()]}
+    found = {}
+    for path in (path for pattern in ("*.pth", "history.csv") for path in folder.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError):      # a run that is going on removes its older checkpoints
+            found[path.name] = path.lstat().st_size, path.lstat().st_mtime_ns
+    return found
 
 
 def resolve_resume(args, given):
@@ -349,7 +352,7 @@ def resolve_resume(args, given):
     defaults = {k: v for k, v in vars(build_parser().parse_args([])).items() if k not in ("flip", "in_channels")}
     known = {**defaults, **checkpoint["model_args"], **saved}
     changed = sorted(k for k in given - MAY_DIFFER if k in known and known[k] != getattr(args, k)
-                     and not (k == "fit_prior" and known[k] and os.path.abspath(known[k]) == os.path.abspath(args.fit_prior)))
+                     and not (k == "fit_prior" and known[k] and os.path.realpath(known[k]) == os.path.realpath(args.fit_prior)))
     if changed:
         raise UserError(f"{path} was trained with other values of " + ", ".join(
             f"--{k} ({known[k]}, not {getattr(args, k)})" for k in changed) + "; leave them out, or start a new run")
@@ -380,6 +383,7 @@ EM_STEPS, EM_POINTS = 20, 2 ** 17   # of --mixture_covariance full in a second s
 class FirstStage(NamedTuple):
     """What --fit_prior starts from: weights by their names in the model."""
     data_id: str                # the fingerprint of its training images
+    cache_gb: float             # which that depends on
     frozen: dict                # of the encoder and the decoder
     prior: dict                 # of the mixture and the flow; without those that start anew
     flow_length: int            # layers of that flow
@@ -417,10 +421,10 @@ def read_first_stage(args, given):
         setattr(args, name, 0.0)
     weights = checkpoint["ema"] or checkpoint["model"]
     require_finite(weights, args.fit_prior)
-    data_id = checkpoint.get("data_id")
+    data = checkpoint.get("data_id"), checkpoint["args"].get("cache_gb", args.cache_gb)
     frozen = {name: value for name, value in weights.items() if name.startswith(("encoder.", "decoder."))}
     if not first["flow_length"]:
-        return FirstStage(data_id, frozen, {}, 0, "the prior starts anew")
+        return FirstStage(*data, frozen, {}, 0, "the prior starts anew")
     prior = {name: value for name, value in weights.items() if name not in frozen}
     layers = f"the first stage's, {first['flow_length']} of {args.flow_length} flow layers"
     other_flow = [name for name in SHAPE_OF_FLOW if getattr(args, name) != first[name]]
@@ -428,12 +432,12 @@ def read_first_stage(args, given):
     other_mixture = [name for name in SHAPE_OF_MIXTURE if getattr(args, name) != first[name]]
     differ = ", ".join(f"--{name} {getattr(args, name)} (there {first[name]})" for name in other_mixture + other_flow)
     if other_flow or (other_mixture and args.mixture_covariance == "diag"):
-        return FirstStage(data_id, frozen, {}, 0, f"the prior starts anew, not from the first stage's: {differ}")
+        return FirstStage(*data, frozen, {}, 0, f"the prior starts anew, not from the first stage's: {differ}")
     if other_mixture:           # which EM finds wherever the flow has brought the latents; other beginnings need it at rest
         flow = {name: value for name, value in prior.items() if name.startswith("flow.")}
-        return FirstStage(data_id, frozen, flow, first["flow_length"],
+        return FirstStage(*data, frozen, flow, first["flow_length"],
                           f"the flow goes on from {layers}, the mixture starts anew: {differ}")
-    return FirstStage(data_id, frozen, prior, first["flow_length"], f"the prior goes on from {layers}")
+    return FirstStage(*data, frozen, prior, first["flow_length"], f"the prior goes on from {layers}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1385,9 +1389,15 @@ def train(stack):
     data, held_out = load_data(args, device, Path(args.save_dir, DATA_CACHE) if args.data_cache else None)
     if first_stage and first_stage.data_id != data.fingerprint:
         problem = f"--data_dir {args.data_dir}: not the images that {args.fit_prior} was trained on"
-        if not given & {"dataset", "data_dir", "split_seed"}:
+        if args.cache_gb != first_stage.cache_gb:
+            print(f"note: with --cache_gb {args.cache_gb:g} (there {first_stage.cache_gb:g}) it is not known whether these are "
+                  f"the images that {args.fit_prior} was trained on")
+        elif not given & {"dataset", "data_dir", "split_seed"}:
             raise UserError(f"{problem}; name the data with --data_dir to take these nevertheless")
-        print(f"note: {problem}, which may have seen some of those that are held out now")
+        else:
+            print(f"note: {problem}, which may have seen some of those that are held out now")
+    if args.fit_prior:                                        # as it is kept: the same file from whatever folder
+        args.fit_prior = os.path.abspath(args.fit_prior)
     if extractor and len(data) < 2:
         raise UserError(f"--data_dir {args.data_dir}: FID needs at least two training images; use --fid_every 0")
     batch_size = min(args.batch_size, len(data))

@@ -89,7 +89,8 @@ def run(main):
     message = code = None
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:                        # as it is where the shell closed it
+            sys.stdout.flush()
     except UserError as e:
         message = str(e)
     except BrokenPipeError:
@@ -976,7 +977,11 @@ def load_data(args, device, cache=None):
                       for name, p in (("training", paths), ("held-out", test_paths))]
         else:                                             # decoded and kept as a whole, whatever --split_seed makes of it
             whole = decode_kept(paths, root, channels, args.img_size, "all", cache)
-            images = [whole[half] for half in halves]
+            keep, held = map(torch.tensor, halves)
+            held_out = whole[held]
+            for i, some in enumerate(keep.split(1024)):   # in place, for memory: keep ascends, so that none is lost
+                whole[1024 * i:1024 * i + len(some)] = whole[some]
+            images = [whole[:len(keep)], held_out]
     else:
         if args.dataset == "cifar10":
             images = _load_cifar10(args.data_dir)

@@ -236,6 +236,7 @@ def test_a_reused_cache_says_where_the_images_lie_now(cached, script):
 def test_an_unfinished_export_is_said(cached, script):
     again, folder, out = cached
     for manifest, said in (({"count": 9, "done": 5}, "5 images of an export of 9, 5 of them finished; run its test.py command"),
+                           ({"count": 5, "done": 3}, "5 images of an export of 5, 3 of them finished; run"),
                            ({"count": 6, "done": 6}, "5 images of an export of 6"), ({"count": 5, "done": 5}, None)):
         write_json(folder / "manifest.json", manifest)
         code, _, stderr = again()

@@ -29,6 +29,12 @@ def test_a_reader_that_has_enough_ends_the_program_quietly(unbuffered):
         assert program.wait() == code and ("a worker" in said if code == 1 else said == "")
 
 
+def test_a_closed_output_is_no_error():
+    done = subprocess.run(f"{sys.executable} -c 'import utils; utils.run(lambda: print(1))' >&-", shell=True, cwd=ROOT,
+                          stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def contents(folder, text):
     return {folder / name: text + name.encode() for name in NAMES}
 

@@ -298,6 +298,9 @@ def test_other_exports_are_in_no_command(checkpoint, data, monkeypatch, tmp_path
     assert measured("--real_split", "test") == ["fake"]
     write_json(manifest, {**read_json(manifest), "done": 3})
     assert measured() == ["real"]
+    manifest = data / "real_cifar" / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "data": "of other images"})
+    assert measured() == measured("--diagnose") == []
 
 
 def test_part_of_a_split_is_spread_over_it(checkpoint, data, monkeypatch, tmp_path):
@@ -745,6 +748,14 @@ def test_evaluation_equals_pr_calculate_on_the_exports(fake_hub, checkpoint, dat
     with pytest.raises(UserError, match=r"evaluation_ours.json is the evaluation of another temperature \(1.0, not 0.5\), "
                                         r"seed \(0, not 1\); another --tag keeps both"):
         main(monkeypatch, tmp_path, checkpoint, *flags, "--temperature", 0.5, "--seed", 1)
+    quality = tmp_path / "results" / "single_image_quality" / path.name
+    with pytest.raises(UserError, match="single_image_quality/evaluation_ours.json is the evaluation of another seed"):
+        main(monkeypatch, tmp_path, checkpoint, *flags, "--seed", 1, "--eval_out", tmp_path / "e.json")
+    assert quality.read_bytes() == before
+    for odd in ({"protocol": None}, {"protocol": [1]}, {"protocol": {"fake": None}}):
+        write_json(tmp_path / "e.json", odd)
+        with pytest.raises(UserError, match="e.json is the evaluation of another checkpoint_sha256"):
+            main(monkeypatch, tmp_path, checkpoint, *flags, "--eval_out", tmp_path / "e.json")
     main(monkeypatch, tmp_path, checkpoint, *flags)
     assert json.loads(path.read_text())["metrics"]["fid"] == pytest.approx(written["metrics"]["fid"], rel=1e-4)
     main(monkeypatch, tmp_path, checkpoint, *flags, "--temperature", 0.5, "--overwrite")

@@ -455,14 +455,14 @@ def test_resume_refuses_other_values_by_name(data, monkeypatch, tmp_path):
         main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--lr", "0.1", "--prior", "mog")
     path = tmp_path / "results/r/last.pth"
     whole = weights(path)
-    older = {k: v for k, v in whole["args"].items() if k not in ("balance", "recon_loss", "flip", "fit_prior")}
+    older = {k: v for k, v in whole["args"].items() if k not in ("balance", "recon_loss", "flip", "in_channels", "fit_prior")}
     save_checkpoint(path, {**whole, "args": older})       # of a time without these flags: what they are by default now
     for given, named in ((["--balance", 5, "--recon_loss", "mse"], r"--balance \(0.0, not 5.0\), --recon_loss \(l1, not mse\)"),
                          (["--fit_prior", path], r"--fit_prior \(None, not ")):
         with pytest.raises(UserError, match=named):
             main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", *given)
     main(monkeypatch, tmp_path, "--exp_name", "r", "--resume", "auto", "--sample_every", 1, "--batch_size", 8,
-         "--recon_loss", "l1")
+         "--recon_loss", "l1", "--flip", "--in_channels", 3)
     assert weights(path)["epoch"] == 2
 
 
@@ -494,6 +494,30 @@ def test_new_run_never_overwrites_an_old_one_unasked(data, monkeypatch, tmp_path
         with pytest.raises(UserError, match="already holds a run"):
             main(monkeypatch, tmp_path, "--demo", *TINY, *more)
     assert last.with_name("best_fid.pth").exists()
+
+
+def test_what_cannot_be_looked_at_stops_no_run(data, monkeypatch, tmp_path):
+    folder = tmp_path / "results" / "CrossVampVAE"
+    folder.mkdir(parents=True)
+    (folder / "best.pth").symlink_to("nowhere.pth")
+    main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--overwrite")
+    assert (folder / "last.pth").exists()
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [self / "removed.pth"])
+    assert train.files_of_run(folder) == {}
+
+
+def test_a_checkpoint_that_came_in_between_is_left_alone(data, monkeypatch, tmp_path):
+    load, best = train.load_data, tmp_path / "results/CrossVampVAE/best_fid.pth"
+
+    def slow(*rest):
+        best.parent.mkdir(parents=True)
+        best.write_bytes(b"of another run")
+        return load(*rest)
+
+    monkeypatch.setattr(train, "load_data", slow)
+    with pytest.raises(UserError, match="another process has written to"):
+        main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1)
+    assert [p.name for p in best.parent.iterdir()] == ["best_fid.pth"]
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume", "auto"]], ids=["fresh", "resumed"])
@@ -907,9 +931,31 @@ def test_second_stage_on_other_images_is_refused_or_said(data, monkeypatch, tmp_
     assert "note: --data_dir" in capsys.readouterr().out
     main(monkeypatch, tmp_path, *second, "--data_dir", folder_of_images, "--overwrite", "--epochs", 2, "--stop_epoch", 1)
     assert "note: --data_dir" not in capsys.readouterr().out
-    # On resuming, the same file may be named in another way.
-    main(monkeypatch, tmp_path, "--exp_name", "second", "--resume", "auto", "--fit_prior", tmp_path / "results/first/last.pth")
+    # On resuming, the same file may be named in another way, and from elsewhere.
+    (tmp_path / "link").symlink_to("results/first/last.pth")
+    (tmp_path / "elsewhere").mkdir()
+    main(monkeypatch, tmp_path / "elsewhere", "--save_dir", "../results", "--exp_name", "second", "--resume", "auto",
+         "--fit_prior", "../link")
     assert len(history(tmp_path / "results/second")) == 2
+
+
+def test_second_stage_knows_streamed_images_again(data, monkeypatch, tmp_path, capsys):
+    quick = ["--epochs", 1, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *data, *quick, "--flow_length", 0, "--cache_gb", 0, "--exp_name", "first")
+    second = [*TINY, *quick, "--fit_prior", "results/first/last.pth", "--overwrite"]
+    main(monkeypatch, tmp_path, *second)
+    assert "was trained on" not in capsys.readouterr().out
+    main(monkeypatch, tmp_path, *second, "--cache_gb", 1)
+    assert "note: with --cache_gb 1 (there 0) it is not known whether these are the images" in capsys.readouterr().out
+
+
+def test_posteriors_too_large_for_the_device_stay_on_the_cpu(monkeypatch):
+    model, device, places = CrossFlowVampVAE(3, 8, 4, (8,), num_components=3, flow_length=0), torch.device("cpu"), []
+    images = MemoryImages(torch.zeros(7, 3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(train, "MemoryImages", lambda posteriors, place: places.append(place))
+    for gib in (7 * 2 * 4 * 4 / 2 ** 30, 7 * 2 * 4 * 4 / 2 ** 30 - 1e-9):
+        train.encode_all(argparse.Namespace(flip=False, img_size=8, cache_gb=gib), model, images, device)
+    assert places[0] is device and places[1] == "cpu" and places[1] is not device
 
 
 # -- spikes, extremes, determinism --------------------------------------------------------------------------------------
