@@ -1056,12 +1056,11 @@ def is_export(folder, **entries):
     return manifest.get("done") == manifest.get("count") and all(manifest.get(k) == v for k, v in entries.items())
 
 
-def next_commands(args, tag, device, identity, data):
+def next_commands(args, tag, device, real_images, samples):
     """The commands that turn the exports into numbers and figures, ready for a shell; those whose folders are there, and are
-    what this command would have exported. identity: of the model; data: {} or {"data": fingerprint of the real images}."""
+    what this command would have exported: with these manifest entries."""
     real, fake = (Path(args.export_dir, name) for name in (args.real_dirname, args.fake_dirname))
-    there = {real: is_export(real, kind="real", split=args.real_split, **data),
-             fake: is_export(fake, kind="samples", **identity, seed=args.seed, temperature=args.temperature)}
+    there = {real: is_export(real, kind="real", **real_images), fake: is_export(fake, kind="samples", **samples)}
     quality, compare = (Path(args.save_dir, name) for name in (QUALITY_DIR, "compare"))
     try:
         tag = safe_tag("real_samples" if tag == "real" else tag)
@@ -1082,14 +1081,14 @@ def next_commands(args, tag, device, identity, data):
     return [shlex.join(["python", *map(str, c)]) for c in commands]
 
 
-def require_same_model(path, identity):
-    """Raise UserError if an evaluation at `path` is of another model, or of other samples of it, than `identity` says."""
+def require_same_samples(path, samples):
+    """Raise UserError if an evaluation at `path` is of another model, or of other samples of it, than `samples` says."""
     if not path.is_file():
         return
     protocol = read_json(path).get("protocol")
     found = dict(protocol) if isinstance(protocol, dict) else {}
     found["temperature"] = found["fake"].get("temperature") if isinstance(found.get("fake"), dict) else None
-    differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in identity.items() if found.get(k) != v]
+    differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in samples.items() if found.get(k) != v]
     if differs:
         raise UserError(f"{path} is the evaluation of another {', '.join(differs)}; another --tag keeps both, --overwrite "
                         f"replaces it")
@@ -1140,6 +1139,7 @@ def export_and_measure(args, locks):
     args.export_dir = args.export_dir or args.data_dir
     weights = "raw" if checkpoint["ema"] is None else args.weights
     identity = {"checkpoint_sha256": sha256_file(args.resume), "weights": weights}
+    samples = {**identity, "temperature": args.temperature, "seed": args.seed}
     extractor = InceptionFeatures(device, args.fid_dims, without="leave out --evaluate") if args.evaluate else None
     if args.eval_out and Path(args.eval_out).is_dir():
         raise UserError(f"--eval_out {args.eval_out}: is a folder; name a file")
@@ -1164,7 +1164,7 @@ def export_and_measure(args, locks):
         evaluations = (eval_out, quality / f"evaluation_{tag}.json")
         if not args.overwrite:
             for path in evaluations:
-                require_same_model(path, {**identity, "temperature": args.temperature, "seed": args.seed})
+                require_same_samples(path, samples)
 
     if measured and is_main():                                  # else only lines are added to the log
         locks.enter_context(lock_folder(folder, "--save_dir"))
@@ -1268,9 +1268,10 @@ def export_and_measure(args, locks):
                 f"{result['round_trip_error_float32']:.1e} in float32, "
                 f"{result['round_trip_error_float64']:.1e} in float64")
 
-    data = {"data": sets[args.real_split].fingerprint} if sets else \
-        {"data": checkpoint.get("data_id")} if args.real_split == "train" else {}
-    if commands := next_commands(args, tag, device, identity, data):
+    real_images = {"split": args.real_split}
+    if sets or args.real_split == "train":                      # else it is not known which they would be
+        real_images["data"] = sets[args.real_split].fingerprint if sets else checkpoint.get("data_id")
+    if commands := next_commands(args, tag, device, real_images, samples):
         print("\nnext:", *commands, sep="\n  ")
 
 

@@ -314,9 +314,10 @@ def check_flags(args, given):
 def files_of_run(folder):
     """{name: what changes when it is written} of the files that say how far a run has come."""
     found = {}
-    for path in (path for pattern in ("*.pth", "history.csv") for path in folder.glob(pattern)):
+    for path in [*folder.glob("*.pth"), *folder.glob("history.csv")]:
         with contextlib.suppress(FileNotFoundError):      # a run that is going on removes its older checkpoints
-            found[path.name] = path.lstat().st_size, path.lstat().st_mtime_ns
+            stat = path.lstat()
+            found[path.name] = stat.st_size, stat.st_mtime_ns
     return found
 
 
@@ -1396,7 +1397,7 @@ def train(stack):
             raise UserError(f"{problem}; name the data with --data_dir to take these nevertheless")
         else:
             print(f"note: {problem}, which may have seen some of those that are held out now")
-    if args.fit_prior:                                        # as it is kept: the same file from whatever folder
+    if "fit_prior" in given:                                  # as it is kept: the same file from whatever folder
         args.fit_prior = os.path.abspath(args.fit_prior)
     if extractor and len(data) < 2:
         raise UserError(f"--data_dir {args.data_dir}: FID needs at least two training images; use --fid_every 0")
