@@ -51,7 +51,7 @@ import torch
 from tqdm import tqdm
 
 from csv_analysis import safe_tag
-from models.vamp_flow import VAEOutput, check_flow
+from models.vamp_flow import check_flow
 from PR_Calculate import (
     FEW_IMAGES,
     check_neighbours,
@@ -75,7 +75,6 @@ from utils import (
     UserError,
     add_data_flags,
     add_device_flag,
-    atomic_write,
     check_saved_flags,
     cpu_count,
     exact_convolutions,
@@ -94,6 +93,7 @@ from utils import (
     pyplot,
     read_json,
     run,
+    save_figure,
     save_png,
     seeded,
     sha256_file,
@@ -423,15 +423,16 @@ def plan_exports(args, model, sets, identity):
         source = sets[args.recon_split]
         picked = spread(args.num_recon, len(source))
         device = next(model.parameters()).device
-        latent, noise = "posterior mean", torch.zeros(len(picked), 0)
+        latent, noise = "posterior mean", None
         if args.recon_latent == "sample":
             latent = f"one sample of the posterior, seed {args.seed}"
             noise = torch.randn(len(picked), model.latent_dim, generator=seeded("cpu", args.seed, "reconstructions"))
 
         def reconstructions(start, stop):
-            chosen, eps = (x[start:stop].split(args.gen_batch_size) for x in (picked, noise))
+            chosen = picked[start:stop].split(args.gen_batch_size)
+            eps = [None] * len(chosen) if noise is None else noise[start:stop].to(device).split(args.gen_batch_size)
             for batch, e in zip(source.batches(chosen, device), eps):
-                yield reconstruct(model, batch, e.to(device) if e.numel() else None, flow)
+                yield reconstruct(model, batch, e, flow)
 
         add("recon", manifest("reconstructions", len(picked), **identity, split=args.recon_split,
                               data=source.fingerprint, latent=latent + ("" if flow else ", flow bypassed")), reconstructions)
@@ -472,9 +473,7 @@ class Posterior(NamedTuple):
 def latents(model, x, eps, prior):
     """VAEOutput of images x (B, C, H, W) with noise eps (B, D), nothing decoded, and the flow's context."""
     mu, logvar, context = model.posterior(x)
-    z0 = mu + torch.exp(0.5 * logvar) * eps
-    zK, log_det = model.apply_flow(z0, context)
-    return VAEOutput(None, mu, logvar, z0, zK, log_det, *prior), context
+    return model.carry(mu, logvar, eps, prior, context), context
 
 
 @torch.no_grad()
@@ -608,13 +607,13 @@ def fit_scale(model, data, indices, batch_size, seed):
 
 
 @torch.no_grad()
-def importance_weights(model, batch, scale, samples, generators, chunk=512):
+def importance_weights(model, batch, scale, samples, generators, prior, chunk=512):
     """log w_s = log p(x|zK) + log p(zK) - log q(zK|x), zK ~ q(zK|x): uint8 (B, C, H, W) -> (B, S) float64 on the CPU.
 
-    One generator for each image: its weights depend on neither the batch nor the device. chunk: latents decoded at
-    once.
+    One generator for each image: its weights depend on neither the batch nor the device. prior: prior_params(). chunk:
+    latents decoded at once.
     """
-    device, prior = next(model.parameters()).device, model.prior_params()
+    device = next(model.parameters()).device
     mu, logvar, context = model.posterior(to_float(batch))
     out = torch.empty(len(batch), samples, dtype=torch.float64)
     images = max(1, chunk // samples)                                                           # decoded together
@@ -626,10 +625,9 @@ def importance_weights(model, batch, scale, samples, generators, chunk=512):
             b, S, D = eps.shape
             m, v = (t[these, None].expand(b, S, D).reshape(b * S, D) for t in (mu, logvar))
             c = None if context is None else context[these, None].expand(-1, S, -1, -1).flatten(0, 1)
-            z0 = m + torch.exp(0.5 * v) * eps.reshape(b * S, D)
-            zK, log_det = model.apply_flow(z0, c)
-            kl = model.kl_terms(VAEOutput(None, m, v, z0, zK, log_det, *prior)).kl              # log q - log p of zK
-            mean = (model.decode(model.seen_by_decoder(z0, zK)).float() + 1) * 127.5
+            latent = model.carry(m, v, eps.reshape(b * S, D), prior, c)
+            kl = model.kl_terms(latent).kl                                                      # log q - log p of zK
+            mean = (model.decode(model.seen_by_decoder(latent.z0, latent.zK)).float() + 1) * 127.5
             levels = batch[these, None].expand(-1, S, -1, -1, -1).flatten(0, 1).float()
             log_x = log_laplace_bins(levels, mean, scale).flatten(1).sum(1)
             out[these, s:s + S] = (log_x - kl).view(b, S).cpu().double()
@@ -644,6 +642,7 @@ def bounds_of(log_w):
     return iwae, log_w.mean(1), effective
 
 
+@torch.no_grad()
 def estimate_nll(args, model, sets):
     """The numbers of nll.json but the protocol; the held-out images are shared out over the processes."""
     train, test = sets["train"], sets["test"]
@@ -652,12 +651,12 @@ def estimate_nll(args, model, sets):
     scale = gather(scale)[0]                                    # to the last bit everyone's
     indices = spread(args.nll_images, len(test))
     mine = [indices[b] for b in my_batches(len(indices), args.gen_batch_size)]
-    parts, n = [], len(indices)
+    parts, n, prior = [], len(indices), model.prior_params()
     with progress_bar(sum(map(len, mine)), f"log p(x), {args.nll_samples} samples each") as bar:
-        for batch, numbers in zip(test.batches(mine, device), mine):
-            for part, these in zip(batch.split(8), numbers.split(8)):                           # so that the bar moves
+        for batch, which in zip(test.batches(mine, device), mine):
+            for part, these in zip(batch.split(8), which.split(8)):                             # so that the bar moves
                 generators = [seeded("cpu", args.seed, "importance", i) for i in these.tolist()]
-                parts.append(importance_weights(model, part, scale, args.nll_samples, generators))
+                parts.append(importance_weights(model, part, scale, args.nll_samples, generators, prior))
                 bar.update(len(part))
     iwae, elbo, effective = bounds_of(torch.cat(sum(gather(parts), [])))
     values = math.prod(test.shape)
@@ -792,16 +791,10 @@ def figure(*args, **kwargs):
     return pyplot().subplots(*args, constrained_layout=True, **kwargs)
 
 
-def save_figure(path, fig):
-    with atomic_write(path) as f:
-        fig.savefig(f, format="png", dpi=110)
-    pyplot().close(fig)
-
-
-def save_rows(path, title, rows, group=1, headings=None, cell=0.6):
+def save_rows(path, title, rows, group=1, headings=None):
     """A picture of labelled rows of images: rows of (label, uint8 (n, C, H, W), texts under the images or None).
 
-    group: rows that belong together; headings: {column: text} above the first row; cell: inches of an image.
+    group: rows that belong together; headings: {column: text} above the first row.
     """
     columns = max(len(images) for _, images, _ in rows)
     _, C, H, W = rows[0][1].shape
@@ -815,7 +808,7 @@ def save_rows(path, title, rows, group=1, headings=None, cell=0.6):
         parts += [strip, strip.new_full((C, math.ceil(gap), strip.shape[2]), 255)]
         y += strip.shape[1] + math.ceil(gap)
     picture = torch.cat(parts, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
-    inch = cell / (W + 2)
+    inch = 0.6 / (W + 2)                                                                        # of a pixel
     fig, ax = figure(figsize=(max(6.0, picture.shape[1] * inch + 1.6), picture.shape[0] * inch + 0.9))
     ax.imshow(picture, interpolation="nearest")
     ax.set_yticks(middles, [label for label, _, _ in rows], fontsize=8)
@@ -827,7 +820,7 @@ def save_rows(path, title, rows, group=1, headings=None, cell=0.6):
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.set_title(title, fontsize=9, loc="left", wrap=True)
-    save_figure(path, fig)
+    save_figure(path, fig, dpi=110)
 
 
 @torch.no_grad()
@@ -859,11 +852,13 @@ def interpolate(model, images, seed, steps=9):
     return rows
 
 
-def nearest_images(queries, data, block=2000):
+def nearest_images(queries, data, block=None):
     """Index of the image of `data` nearest to each query in pixel L2, and the squared distance, (Q,) int64 each.
 
-    uint8 (Q, C, H, W). Exact: in float64 every sum is a whole number below 2^53. Of equally near ones the first.
+    uint8 (Q, C, H, W). Exact: in float64 every sum is a whole number below 2^53. Of equally near ones the first. block:
+    images at a time, None = as many as 2,000 of 32x32 pixels come to, for memory.
     """
+    block = block or max(1, min(2000, 2000 * 3 * 32 ** 2 // math.prod(queries.shape[1:])))
     device = queries.device if queries.device.type != "mps" else torch.device("cpu")            # which has no float64
     q = queries.to(device).flatten(1).double()
     best, start = torch.full((len(q),), math.inf, dtype=torch.float64, device=device), 0
@@ -880,7 +875,7 @@ def nearest_images(queries, data, block=2000):
     return index.cpu(), best.long().cpu()
 
 
-def nearest_rows(samples, held_out, data, mirror, per_row=10):
+def nearest_rows(samples, held_out, data, mirror):
     """Rows for save_rows, samples over their nearest training images, and medians of the RMS distance of samples and of
     held-out images, in grey levels. mirror: training saw mirrored images too, so they are searched as well."""
     n, values = len(samples), math.prod(samples.shape[1:])
@@ -893,8 +888,8 @@ def nearest_rows(samples, held_out, data, mirror, per_row=10):
         distance = torch.minimum(distance[:len(queries)], distance[len(queries):])
     rms = (distance.double() / values).sqrt()
     rows = []
-    for i in range(0, n, per_row):
-        j = min(i + per_row, n)
+    for i in range(0, n, 10):
+        j = min(i + 10, n)
         rows += [("samples", samples[i:j].cpu(), None), ("nearest", found[i:j], [f"{r:.1f}" for r in rms[i:j]])]
     return rows, rms[:n].median().item(), rms[n:].median().item()
 
@@ -942,7 +937,7 @@ def save_latent_map(path, model, posterior, n, method, seed):
     for handle in legend.legend_handles:
         handle.set_sizes([40])
     ax.grid(alpha=0.2)
-    save_figure(path, fig)
+    save_figure(path, fig, dpi=110)
     return where
 
 
@@ -1041,7 +1036,7 @@ def save_diagnostics(path, result, posterior, title):
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
     fig.suptitle(plain_text(title))
-    save_figure(path, fig)
+    save_figure(path, fig, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ from utils import (
     require_finite,
     run,
     save_checkpoint,
+    save_figure,
     save_png,
     seeded,
     spread,
@@ -364,7 +365,7 @@ def resolve_resume(args, given):
         source = path.absolute().parent
         args.save_dir = args.save_dir if "save_dir" in given else str(source.parent)
         args.exp_name = args.exp_name if "exp_name" in given else source.name
-        if Path(args.save_dir, args.exp_name).absolute() != source:
+        if Path(args.save_dir, args.exp_name).resolve() != source.resolve():
             seen = files_of_run(Path(args.save_dir, args.exp_name))
             require_empty(Path(args.save_dir, args.exp_name), "")
     return checkpoint, path, seen
@@ -479,16 +480,20 @@ def build_lpips(net, linear, device, shape, memory_format=torch.contiguous_forma
     return loss.to(device, memory_format=memory_format)
 
 
+def reconstruction_error(args, lpips, x, recon):
+    """Means over the batch of the pixels' error, summed over those of an image, and of LPIPS, 0 where it is off."""
+    recon = recon.float()
+    difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
+    pixel = difference.sum((1, 2, 3)).mean()
+    return pixel, lpips(recon, x).float().mean() if lpips else pixel.new_zeros(())
+
+
 def loss_parts(args, model, lpips, x, out):
-    """What the objective is made of, each the mean over the batch: pixel (sum over the pixels of an image), LPIPS, and
-    the one-sample KL with its parts, in nats; and, for --balance, the mean responsibilities (K,). Pixel and LPIPS are 0
-    where nothing was decoded (--fit_prior)."""
+    """What the objective is made of, each the mean over the batch: the reconstruction_error (0 where nothing was decoded,
+    --fit_prior), and the one-sample KL with its parts, in nats; and, for --balance, the mean responsibilities (K,)."""
     pixel = perceptual = out.mu.new_zeros(())
     if out.recon is not None:
-        recon = out.recon.float()
-        difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
-        pixel = difference.sum((1, 2, 3)).mean()
-        perceptual = lpips(recon, x).float().mean() if lpips else perceptual
+        pixel, perceptual = reconstruction_error(args, lpips, x, out.recon)
     kl, log_q0, log_det, log_p = (part.mean() for part in model.kl_terms(out))
     usage = model.responsibilities(out).mean(0) if args.balance else None                       # (K,)
     return {"pixel": pixel, "LPIPS": perceptual, "KL_Raw": kl, "log_q0": log_q0, "log_det": log_det, "log_p": log_p}, usage
@@ -817,7 +822,7 @@ class Trainer:
         if is_main() and not best.exists() and source.exists():
             name_again(source, best)                          # resumed into another folder: the best goes along
         found = gather(read_checkpoint(best)["best_fid"] if is_main() and best.exists() else None)[0]
-        if self.history and self.history[-1]["fid"] == self.best_fid < (math.inf if found is None else found):
+        if self.history and self.history[-1].get("fid") == self.best_fid < (math.inf if found is None else found):
             self.save_best()                                  # killed before it was written; this is the best
         else:
             # Missing: the next is the best. Of a later epoch than an older checkpoint that is resumed: it stays the best.
@@ -1000,6 +1005,18 @@ def record_step(trainer, batch, amp):
         print(f"note: no CUDA graph can be recorded here ({one_line(e)}); going on without it")
 
 
+def speed_up(trainer, blank, amp, fused, compiled, graph):
+    """All that makes a step faster, in the order in which each needs what comes before it. blank: a batch, see prepared."""
+    if fused:
+        fuse_flow(trainer.model.flow, len(blank))
+    if amp and process_count() == 1:                      # before compiling: other types of weights would compile it all again
+        round_together(trainer)
+    if compiled:
+        compile_step(trainer, blank, amp)
+    if graph:
+        record_step(trainer, blank, amp)
+
+
 def prepared(batch, flipped):
     """What the network takes of a batch, uint8 images (B, C, H, W) or posteriors as encode_all leaves them; those for which
     flipped (B, 1, 1, 1) holds are mirrored."""
@@ -1077,7 +1094,7 @@ def train_epoch(trainer, data, amp, stop):
                 sums = trainer.read()
                 bar.set_postfix({k: f"{sums[k] / (first + done):.4g}" for k in ("loss", "pixel", "LPIPS", "KL_Raw")},
                                 refresh=False)
-                if stop.asked() and first + done < trainer.steps_per_epoch:
+                if stop.agreed() and first + done < trainer.steps_per_epoch:
                     return None
             bar.update()
     sums = trainer.read()
@@ -1090,6 +1107,20 @@ def train_epoch(trainer, data, amp, stop):
 def images_at_a_time(img_size):
     """How many images fit where no gradient is kept: 500 of 32x32, fewer of larger ones."""
     return max(1, min(500, 500 * 32 ** 2 // max(img_size, 1) ** 2))
+
+
+def epoch_row(trainer, means, speed):
+    """The columns of an epoch that its training steps make, from what train_epoch returns; the others are None."""
+    args = trainer.args
+    decoded = not args.fit_prior
+    row = dict.fromkeys(COLUMNS)
+    row.update(epoch=trainer.epoch + 1, beta=trainer.beta(), lr=trainer.scheduler.get_last_lr()[0], train_loss=means["loss"],
+               recon=means["pixel"] if decoded else None,
+               lpips=means["LPIPS"] if decoded and args.lpips_net != "none" else None,
+               kl_raw=means["KL_Raw"], kl_optim=means["KL_optim"], floor_share=means["under_floor"],
+               skipped_steps=means["skipped"], img_per_s=speed,
+               **{k: means[k] for k in ("log_q0", "log_det", "log_p", "balance", "grad_norm")})
+    return row
 
 
 class Stopped(Exception):
@@ -1118,8 +1149,8 @@ def evaluate(trainer, lpips, data, stop):
     for batch in until_stopped(data.batches(indices, trainer.device), stop):
         x = to_float(batch)
         out = model(x, eps[done:done + len(x)], prior)
-        parts, _ = loss_parts(args, model, lpips, x, out)
-        pixel, perceptual = pixel + parts["pixel"].item() * len(x), perceptual + parts["LPIPS"].item() * len(x)
+        errors = [error.item() * len(x) for error in reconstruction_error(args, lpips, x, out.recon)]
+        pixel, perceptual = pixel + errors[0], perceptual + errors[1]
         health.add(model, out, model.kl_terms(out))
         done += len(x)
     summary = LatentHealth.together(gather(health)).summary()
@@ -1210,9 +1241,7 @@ def save_curves(history, path):
             ax.legend()
         else:
             ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes)
-    with atomic_write(path) as f:
-        fig.savefig(f, format="png", dpi=80)
-    plt.close(fig)
+    save_figure(path, fig, dpi=80)
 
 
 def save_history(history, path):
@@ -1229,7 +1258,7 @@ def pictures_due(trainer):
             and trainer.step == epoch * trainer.steps_per_epoch)
 
 
-def record(trainer, row, held_out, log, writer):
+def write_epoch(trainer, row, held_out, log, writer):
     """Everything that an epoch leaves behind beside its checkpoint."""
     args = trainer.args
     save_history(trainer.history, trainer.folder / "history.csv")
@@ -1249,13 +1278,13 @@ def record(trainer, row, held_out, log, writer):
 def log_line(args, row):
     """One line of train_log.txt."""
     skipped = f" | skipped {row['skipped_steps']}" if args.skip_grad_norm else ""
-    pixel, lpips, fid = ("off" if v is None else f"{v:.4f}" for v in (row["recon"], row["lpips"], row["fid"]))
+    pixel, lpips = ("off" if v is None else f"{v:.4f}" for v in (row["recon"], row["lpips"]))
+    fid = "-" if row["fid"] is None else f"{row['fid']:.4f}"
     speed = "-" if row["img_per_s"] is None else f"{row['img_per_s']:.0f}"
     return (f"epoch {row['epoch']}/{args.epochs} | beta {row['beta']:.4f} | lr {row['lr']:.3g} | train_loss "
             f"{row['train_loss']:.3f} | val_loss {row['val_loss']:.3f} | pixel {pixel} | LPIPS {lpips} | "
             f"KL_Raw {row['kl_raw']:.3f} | log_det {row['log_det']:.3f} | active {row['active_units']} | components "
-            f"{row['effective_components']:.1f}{skipped} | FID {fid if row['fid'] is not None else '-'} | "
-            f"{speed} img/s")
+            f"{row['effective_components']:.1f}{skipped} | FID {fid} | {speed} img/s")
 
 
 def open_tensorboard(args, folder, epoch):
@@ -1281,6 +1310,25 @@ def remove_old_run(folder):
             path.unlink()
 
 
+class Unbreakable:
+    """A stream that may lose its reader: of `python train.py 2>&1 | tee log` Ctrl-C ends tee too, and neither the progress
+    bar nor a message may keep the run from saving."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(BrokenPipeError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
+
+
 class StopRequest:
     """SIGINT and SIGTERM ask for a stop after the current step; a second one ends the program at once."""
 
@@ -1301,7 +1349,7 @@ class StopRequest:
         if is_main():
             print(f"\n{signal.Signals(signum).name}: finishing the step and saving", file=sys.stderr)
 
-    def asked(self):
+    def agreed(self):
         """The signal, if any of the processes got one; they must all call this at the same point."""
         self.signum = max(gather(self.signum))
         return self.signum
@@ -1311,6 +1359,8 @@ def print_plan(args, trainer, data, held_out, amp):
     """What is about to happen, before it does."""
     model, device, steps = trainer.model, trainer.device, trainer.steps_per_epoch
     parts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+    if model.context_position is not None:
+        parts["flow"] += model.context_position.numel()
     parts["prior"] = sum(p.numel() for p in model.parameters()) - sum(parts.values())
     left_out = len(data) - steps * trainer.batch_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -1339,27 +1389,17 @@ FID         {fid}""")
 
 
 def main():
-    with contextlib.ExitStack() as stack:                     # lets go of the run's folder, whatever happens
+    with contextlib.ExitStack() as stack:                     # lets go of the run's folder and of stderr, whatever happens
         train(stack)
 
 
-def train(stack):
-    # -- flags, data, everything that could be missing later ------------------------------------------------------
-    args, given = parse_args()
-    checkpoint, resumed_from, seen = resolve_resume(args, given)
-    first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
-    if args.flip is None:
-        args.flip = args.dataset != "digits"
-    args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
-    args.eval_batch_size = args.eval_batch_size or images_at_a_time(args.img_size)
-    check_flags(args, given)
-    device = join_processes(args.device)
+def settle(args, device):
+    """What follows from the device for torch, and for the flags that leave it open. Returns whether bf16 autocast is used."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.amp == "bf16" and device.type == "mps":
         raise UserError("--amp bf16: not supported on MPS")
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
-    amp = args.amp == "bf16" or (args.amp == "auto" and native)
     recordable = device.type == "cuda" and process_count() == 1
     if args.cuda_graph and not recordable:
         print("note: --cuda_graph needs a CUDA GPU and a single process; going on without it")
@@ -1370,6 +1410,35 @@ def train(stack):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic   # every step has the same shapes: worth a search, once each
     torch.manual_seed(args.seed)
+    return args.amp == "bf16" or (args.amp == "auto" and native)
+
+
+def require_first_stages_data(args, given, first, data):
+    """Raise UserError if a second stage has other images than its first had, or say so where they were asked for."""
+    if first.data_id == data.fingerprint:
+        return
+    problem = f"--data_dir {args.data_dir}: not the images that {args.fit_prior} was trained on"
+    if args.cache_gb != first.cache_gb:
+        print(f"note: with --cache_gb {args.cache_gb:g} (there {first.cache_gb:g}) it is not known whether these are "
+              f"the images that {args.fit_prior} was trained on")
+    elif not given & {"dataset", "data_dir", "split_seed"}:
+        raise UserError(f"{problem}; name the data with --data_dir to take these nevertheless")
+    else:
+        print(f"note: {problem}, which may have seen some of those that are held out now")
+
+
+def train(stack):
+    # -- flags, data, everything that could be missing later ------------------------------------------------------
+    args, given = parse_args()
+    device = join_processes(args.device)
+    checkpoint, resumed_from, seen = resolve_resume(args, given)
+    first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
+    if args.flip is None:
+        args.flip = args.dataset != "digits"
+    args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
+    args.eval_batch_size = args.eval_batch_size or images_at_a_time(args.img_size)
+    check_flags(args, given)
+    amp = settle(args, device)
     if checkpoint is not None and checkpoint["model_args"] != model_args_of(args):
         raise UserError(f"{resumed_from}: its args and its model_args describe two models; not a checkpoint of train.py")
     try:
@@ -1388,15 +1457,8 @@ def train(stack):
         print(f"note: FID from {args.fid_samples} samples is far too high (its covariance has at most that rank); "
               f"compare it only with itself")
     data, held_out = load_data(args, device, Path(args.save_dir, DATA_CACHE) if args.data_cache else None)
-    if first_stage and first_stage.data_id != data.fingerprint:
-        problem = f"--data_dir {args.data_dir}: not the images that {args.fit_prior} was trained on"
-        if args.cache_gb != first_stage.cache_gb:
-            print(f"note: with --cache_gb {args.cache_gb:g} (there {first_stage.cache_gb:g}) it is not known whether these are "
-                  f"the images that {args.fit_prior} was trained on")
-        elif not given & {"dataset", "data_dir", "split_seed"}:
-            raise UserError(f"{problem}; name the data with --data_dir to take these nevertheless")
-        else:
-            print(f"note: {problem}, which may have seen some of those that are held out now")
+    if first_stage:
+        require_first_stages_data(args, given, first_stage, data)
     if "fit_prior" in given:                                  # as it is kept: the same file from whatever folder
         args.fit_prior = os.path.abspath(args.fit_prior)
     if extractor and len(data) < 2:
@@ -1423,10 +1485,10 @@ def train(stack):
     if first_stage:
         load_first_stage(model, first_stage)
         print(f"fit_prior   {first_stage.note}")
-    stock = data                                          # what the steps train on
+    posteriors = None                                     # what a second stage trains on
     if first_stage and args.mixture_covariance == "full" and "prior_tril" not in first_stage.prior:
-        stock = encode_all(args, model, data, device)
-        start_mixture(args, model, stock)
+        posteriors = encode_all(args, model, data, device)
+        start_mixture(args, model, posteriors)
     elif not (first_stage and first_stage.prior):
         start_prior(args, model, data)
     trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint)
@@ -1444,18 +1506,14 @@ def train(stack):
             if pictures_due(trainer):
                 save_images(trainer, held_out, None)
     if args.fit_prior:
-        trainer.network, stock = PriorFit(model), encode_all(args, model, data, device) if stock is data else stock
+        trainer.network = PriorFit(model)
+        posteriors = encode_all(args, model, data, device) if posteriors is None else posteriors
+    training_set = posteriors if args.fit_prior else data
     stop = StopRequest()
-    if args.fused_flow:
-        fuse_flow(model.flow, batch_size // process_count())
-    if amp and process_count() == 1:                      # before compiling: other types of weights would compile it all again
-        round_together(trainer)
-    blank = torch.zeros(batch_size // process_count(), *stock.shape, device=device,
-                        dtype=torch.float32 if args.fit_prior else torch.uint8)
-    if args.compile:
-        compile_step(trainer, blank, amp)
-    if args.cuda_graph:
-        record_step(trainer, blank, amp)
+    stack.enter_context(contextlib.redirect_stderr(Unbreakable(sys.stderr)))
+    speed_up(trainer, torch.zeros(batch_size // process_count(), *training_set.shape, device=device,
+                                  dtype=torch.float32 if args.fit_prior else torch.uint8),
+             amp, args.fused_flow, args.compile, args.cuda_graph)
     if process_count() > 1:
         trainer.network = torch.nn.parallel.DistributedDataParallel(
             trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
@@ -1472,17 +1530,10 @@ def train(stack):
     # -- the epochs -----------------------------------------------------------------------------------------------
     last_epoch = args.stop_epoch or args.epochs
     while trainer.epoch < last_epoch:
-        trained = train_epoch(trainer, stock, amp, stop)
+        trained = train_epoch(trainer, training_set, amp, stop)
         if trained is None:
             break
-        means, speed = trained
-        row = dict.fromkeys(COLUMNS)
-        row.update(epoch=trainer.epoch + 1, beta=trainer.beta(), lr=trainer.scheduler.get_last_lr()[0],
-                   train_loss=means["loss"], recon=None if args.fit_prior else means["pixel"],
-                   lpips=means["LPIPS"] if lpips and not args.fit_prior else None,
-                   kl_raw=means["KL_Raw"], kl_optim=means["KL_optim"], floor_share=means["under_floor"], img_per_s=speed,
-                   skipped_steps=means["skipped"],
-                   **{k: means[k] for k in ("log_q0", "log_det", "log_p", "balance", "grad_norm")})
+        row = epoch_row(trainer, *trained)
         at_end = trainer.epoch + 1 == args.epochs
         try:
             row.update(evaluate(trainer, lpips, held_out, stop))
@@ -1497,19 +1548,21 @@ def train(stack):
             trainer.best_fid = row["fid"]
         waited = max(gather(time.monotonic() - trainer.last_saved))
         due = trainer.epoch % args.save_every == 0 and waited >= args.save_every_s
-        if due or is_best or trainer.epoch == last_epoch or stop.asked():
+        if due or is_best or trainer.epoch == last_epoch or stop.agreed():
             trainer.save()
         if is_best:                                       # after last.pth, from which restore() can make it again
             trainer.save_best()
         if is_main():
-            record(trainer, row, held_out, log, writer)
+            write_epoch(trainer, row, held_out, log, writer)
         if args.check_every and trainer.epoch % args.check_every == 0:
             self_check(model)
-        if stop.asked():
+        if stop.agreed():
             break
     if writer:
         writer.close()
-    if stop.asked():
+
+    # -- the end --------------------------------------------------------------------------------------------------
+    if stop.agreed():
         trainer.save()
         print(f"stopped at epoch {trainer.epoch}, step {trainer.step}; go on with: "
               f"python train.py --resume {shlex.quote(str(folder / 'last.pth'))}")

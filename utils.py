@@ -51,9 +51,9 @@ __all__ = [
     "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
     "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
     "DATA_CACHE", "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "relative_names",
-    "read_image", "decode_images", "save_png", "pyplot", "plain_text", "image_grid", "generate_images",
-    "MemoryImages", "StreamedImages", "load_data",
-    "save_checkpoint", "read_checkpoint", "check_saved_flags", "load_model", "LatentHealth",
+    "read_image", "decode_images", "png_is_whole", "save_png", "pyplot", "save_figure", "plain_text", "image_grid",
+    "generate_images", "read_manifest", "MemoryImages", "StreamedImages", "spread", "load_data",
+    "save_checkpoint", "read_checkpoint", "check_saved_flags", "require_finite", "load_model", "LatentHealth",
     "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions", "extract_features",
     "mean_and_covariance", "frechet_distance", "cached_statistics",
 ]
@@ -114,7 +114,7 @@ def run(main):
         if code is None:
             return
         sys.exit(code)
-    who = "" if is_main() else f"process {dist.get_rank()}: "
+    who = "" if is_main() else f"process {rank()}: "
     print("error: " + who + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -232,15 +232,19 @@ def process_count():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
 def is_main():
     """Is this the process that writes?"""
-    return process_count() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def my_share(n):
     """The slice of range(n) that is this process's: contiguous, in order of the processes, equal to within one."""
-    rank = dist.get_rank() if process_count() > 1 else 0
-    return slice(n * rank // process_count(), n * (rank + 1) // process_count())
+    return slice(n * rank() // process_count(), n * (rank() + 1) // process_count())
 
 
 def gather(value):
@@ -651,12 +655,11 @@ def read_image(path, channels=3, size=None):
                 if not png_is_whole(f):
                     raise ValueError("checksum")
                 f.seek(position)
+            if image.mode == "F":
+                raise UserError(f"{path}: floating-point images have no defined range; convert it to 8 bits")
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-            elif image.mode == "F":
-                raise UserError(f"{path}: floating-point images have no defined range; convert it to 8 bits")
-            else:
-                image = ImageOps.exif_transpose(image)
             image = image.convert("L" if channels == 1 else "RGB")
             if size is not None and image.size != (size, size):
                 scale = size / min(image.size)
@@ -712,7 +715,7 @@ def decode_images(paths, channels=3, size=None, desc="decoding images", progress
     return tensor[:, None] if channels == 1 else tensor.permute(0, 3, 1, 2).contiguous()
 
 
-DECODER = 1                         # to be raised when read_image makes other pixels of the same file
+DECODER = 2                         # to be raised when read_image makes other pixels of the same file
 
 
 def decode_kept(paths, root, channels, size, name, folder):
@@ -801,6 +804,13 @@ def pyplot():
     return plt
 
 
+def save_figure(path, fig, dpi):
+    """Write a matplotlib figure as PNG and let go of it."""
+    with atomic_write(path) as f:
+        fig.savefig(f, format="png", dpi=dpi)
+    pyplot().close(fig)
+
+
 def plain_text(text):
     """Any text, as a file's name may be, for a figure: never read as a formula."""
     return text.encode("utf-8", "replace").decode().replace("\\", "\\\\").replace("$", r"\$")
@@ -879,7 +889,12 @@ class StreamedImages:
         return len(self.paths)
 
     def __getitem__(self, i):
-        image = torch.from_numpy(read_image(self.paths[i], self.channels, self.size).copy())
+        try:
+            image = torch.from_numpy(read_image(self.paths[i], self.channels, self.size).copy())
+        except OSError as e:                              # a worker's arrives without its number, which run() goes by
+            if e.errno not in ERRNO_HINTS:
+                raise
+            raise UserError(f"{self.paths[i]}: {ERRNO_HINTS[e.errno]}") from None
         return image[None] if self.channels == 1 else image.permute(2, 0, 1)
 
     def take(self, indices):
@@ -916,7 +931,7 @@ def _load_cifar10(data_dir):
     from torchvision.datasets import CIFAR10
     try:
         for here in range(process_count()):               # one after the other: the first downloads for all
-            if here == (dist.get_rank() if process_count() > 1 else 0):
+            if here == rank():
                 with contextlib.redirect_stdout(sys.stderr):
                     sets = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
             gather(None)

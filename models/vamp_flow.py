@@ -2,6 +2,7 @@
 
     x -> encoder -> q(z0|x) = N(mu(x), diag sigma^2(x)) -> z0 -> BiCrossAttnFlow f -> zK -> decoder -> x'
     prior: p(zK) = sum_k w_k N(zK; mu(u_k), diag sigma^2(u_k)), the u_k being learned pseudo-inputs, w_k = 1/K
+           (--prior mog learns the components themselves, --mixture_weights learned the w_k)
 
     log q(zK|x) = log N(z0; mu, sigma^2) - log|det dzK/dz0|
     KL          = E_q[ log q(zK|x) - log p(zK) ]                                     (one sample, in nats)

@@ -62,6 +62,8 @@ def test_kinds_of_image(tmp_path):
     exif[0x0112] = 6                                                 # camera held on its side
     Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(rgb, -1))
+    Image.fromarray(grey16[:4]).save(tmp_path / "deep_turned.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "deep_turned.png", 1), np.rot90(grey16[:4] // 257, -1))
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "print.JPG", quality=100)
     assert read_image(tmp_path / "print.JPG").shape == (4, 6, 3)
     frames = [Image.fromarray(np.full((4, 4, 3), v, np.uint8)) for v in (10, 200)]
@@ -204,6 +206,17 @@ def test_a_copy_of_streamed_images_is_the_same_data_set_and_other_images_are_not
     path.write_bytes((tmp_path / "a/train/00003.png").read_bytes())
     path.rename(path.with_name("other.png"))
     assert fingerprint("b") != first
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_is_named_in_one_line(workers, tmp_path):
+    write_images(tmp_path / "train", 3, size=8)
+    write_images(tmp_path / "test", 1, size=8)
+    streamed = load_data(flags(tmp_path, cache_gb=0.0, num_workers=workers), "cpu")[0]
+    (tmp_path / "train" / "00001.png").unlink()
+    with pytest.raises(UserError) as error:
+        list(streamed.batches(torch.arange(3).split(3), torch.device("cpu")))
+    assert str(error.value).startswith(f"{tmp_path / 'train' / '00001.png'}: it does not exist")
 
 
 def test_a_worker_names_the_unreadable_image_in_one_line(tmp_path):

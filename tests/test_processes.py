@@ -86,9 +86,11 @@ def test_two_processes_train_as_one(fid, flags, monkeypatch, tmp_path, fake_hub)
         fake_hub.inception()
         flags = [*flags, "--fid_every", 1, "--fid_dims", 64, "--fid_samples", 21]
     main(monkeypatch, tmp_path, *flags, "--exp_name", "one")
-    two = torchrun(2, *flags, "--exp_name", "two", "--stop_epoch", 1, "--save_dir", "elsewhere", cwd=tmp_path, env=fake_hub.env)
+    two = torchrun(2, *flags, "--exp_name", "two", "--stop_epoch", 1, "--save_dir", "elsewhere", "--resume", "auto",
+                   cwd=tmp_path, env=fake_hub.env)
     assert two.returncode == 0, two.stderr
-    assert two.stdout.count("self-check") == 1 and "2 processes" in two.stdout
+    assert two.stdout.count("self-check") == two.stdout.count("starting from the beginning") == 1
+    assert "2 processes" in two.stdout
     run = tmp_path / "elsewhere/two"
     assert {p.name for p in run.iterdir()} >= {"last.pth", "history.csv", "args.json", *(["best_fid.pth"] if fid else [])}
     main(monkeypatch, tmp_path, "--resume", run / "last.pth")

@@ -585,10 +585,22 @@ def test_nearest_image_is_exact():
     brute = (queries[:, None].long() - base[None].long()).square().flatten(2).sum(2)
     assert torch.equal(distance, brute.min(1).values) and torch.equal(index, brute.argmin(1))
     assert index[2] == 17 and distance[2] == 0
+    assert all(map(torch.equal, script.nearest_images(queries, MemoryImages(base)), (index, distance)))
     rows, ours, theirs = script.nearest_rows(queries, queries[2:4], MemoryImages(base), mirror=True)
     assert torch.equal(rows[1][1][:4], queries[:4]) and rows[1][2][:4] == ["0.0"] * 4 and theirs == 0
     assert torch.equal(rows[0][1], queries)
     assert script.nearest_rows(queries, queries[2:4], MemoryImages(base), mirror=False)[0][1][2][0] != "0.0"
+
+
+def test_nearest_image_takes_fewer_large_images_at_a_time(monkeypatch):
+    taken = []
+    monkeypatch.setattr(MemoryImages, "batches", lambda self, indices, device: (
+        taken.append(len(i)) or self.images[i] for i in indices))
+    for size, most in ((8, 2000), (128, 125)):                  # 47 MB of float64 each at most
+        images = MemoryImages(torch.zeros(2100, 3, size, size, dtype=torch.uint8))
+        script.nearest_images(images.images[:1], images)
+        assert max(taken) == most and sum(taken) == 2100
+        taken.clear()
 
 
 # -- diagnostics ------------------------------------------------------------------------------------------------------
@@ -674,7 +686,7 @@ def test_importance_bound_reaches_the_integral(variant):
     log_prior = model.log_prior(grid)
     assert log_prior.exp().sum() * step ** 2 == pytest.approx(1, abs=1e-3)
     means = torch.cat([(model.decode(g) + 1) * 127.5 for g in grid.split(2000)])
-    log_w = script.importance_weights(model, x, scale, 12000, [seeded("cpu", i) for i in range(2)])
+    log_w = script.importance_weights(model, x, scale, 12000, [seeded("cpu", i) for i in range(2)], model.prior_params())
     iwae, elbo, effective = script.bounds_of(log_w)
     for i in range(2):
         log_x = script.log_laplace_bins(x[i].float().expand_as(means), means, scale).flatten(1).sum(1)
@@ -686,12 +698,13 @@ def test_importance_bound_reaches_the_integral(variant):
 @pytest.mark.parametrize("variant", [{}, {"flow_context": "encoder"}])
 def test_importance_bound_lies_above_elbo_and_ignores_batches(variant):
     model = small_model(**variant)
+    prior = model.prior_params()
     x = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    log_w = script.importance_weights(model, x, 30.0, 16, [seeded("cpu", i) for i in range(5)])
+    log_w = script.importance_weights(model, x, 30.0, 16, [seeded("cpu", i) for i in range(5)], prior)
     iwae, elbo, effective = script.bounds_of(log_w)
     assert (iwae > elbo).all() and ((effective >= 1) & (effective <= 16)).all()
     assert torch.equal(*script.bounds_of(log_w[:, :1])[:2])
-    small = script.importance_weights(model, x[3:], 30.0, 16, [seeded("cpu", i) for i in (3, 4)], chunk=5)
+    small = script.importance_weights(model, x[3:], 30.0, 16, [seeded("cpu", i) for i in (3, 4)], prior, chunk=5)
     assert torch.allclose(small, log_w[3:], rtol=1e-5, atol=1e-2)
 
 

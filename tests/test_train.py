@@ -201,6 +201,12 @@ def test_preset_gives_way_to_flags_that_leave_a_part_of_it_without_a_meaning():
             train.check_flags(args, given)
 
 
+def test_the_plan_counts_every_parameter_where_it_belongs(data, monkeypatch, tmp_path, capsys):
+    main(monkeypatch, tmp_path, *data, "--prior", "standard", "--flow_context", "encoder", "--epochs", 1, "--no-tensorboard")
+    parts = re.search("^model .*", capsys.readouterr().out, re.M)[0]
+    assert "flow" in parts and "prior" not in parts
+
+
 def test_digits_need_nothing(monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, "--demo", "--epochs", 1, *TINY, "--batch_size", 400, "--no-tensorboard")
     assert len(history(tmp_path / "results" / "demo")) == 1
@@ -355,6 +361,27 @@ def test_run_stopped_in_mid_epoch_resumes_to_the_same_bits(data, monkeypatch, tm
     assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
 
 
+def test_interrupt_that_ends_the_reader_of_the_output_too_is_saved(data, monkeypatch, tmp_path):
+    """Of `python train.py 2>&1 | tee log` Ctrl-C ends tee as well: no message and no progress bar has a reader any more."""
+    step, bars = train.train_step, train.tqdm
+    read, write = os.pipe()
+
+    def step_then_signal(trainer, *rest):
+        step(trainer, *rest)
+        if trainer.step == 2:
+            os.close(read)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "train_step", step_then_signal)
+    monkeypatch.setattr(train, "tqdm", lambda *args, **kwargs: bars(*args, **{**kwargs, "delay": 0, "mininterval": 0}))
+    with io.TextIOWrapper(open(write, "wb", buffering=0), write_through=True) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(SystemExit) as stop:
+            main(monkeypatch, tmp_path, *data, "--epochs", 2, "--no-tensorboard", "--exp_name", "t")
+        assert sys.stderr is stream
+    assert stop.value.code == 128 + signal.SIGINT and weights(tmp_path / "results/t/last.pth")["step"] == 2
+
+
 def test_run_stopped_in_its_evaluation_evaluates_again(data, monkeypatch, tmp_path):
     flags = [*data, "--epochs", 2, "--sample_every", 0, "--no-tensorboard"]
     main(monkeypatch, tmp_path, *flags, "--exp_name", "whole")
@@ -422,9 +449,11 @@ def test_resuming_into_another_folder_copies_the_best_and_spares_a_run_there(dat
     main(monkeypatch, tmp_path, "--resume", last, "--exp_name", "c", "--save_dir", tmp_path / "results")
     assert weights(tmp_path / "results/c/last.pth")["epoch"] == 2 and weights(last)["epoch"] == 1
     assert {weights(tmp_path / f"results/c/{name}.pth")["best_fid"] for name in ("best_fid", "last")} == {3.5}
-    # The folder of the checkpoint is the run's, also where only save_dir is repeated.
-    main(monkeypatch, tmp_path, "--resume", last, "--save_dir", tmp_path / "results")
+    # The folder of the checkpoint is the run's, also where only save_dir is repeated, in whatever spelling.
+    main(monkeypatch, tmp_path, "--resume", last, "--save_dir", tmp_path / "results/b/../../results")
     assert weights(last)["epoch"] == 2
+    torch.save(weights(last) | {"history": [{"epoch": 1}, {"epoch": 2}]}, last)                 # from elsewhere
+    main(monkeypatch, tmp_path, "--resume", last)
 
 
 def test_interrupt_saves_and_says_how_to_resume(data, tmp_path):

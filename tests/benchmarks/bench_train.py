@@ -70,14 +70,8 @@ class Fast:
         eager, blank = self.trainer.criterion, torch.zeros_like(self.data.images[:args.batch_size])
         start = time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):            # they say what they do; standard output is for JSON
-            if fused and train.can_fuse_flow(self.trainer.model.flow, device, amp):
-                train.fuse_flow(self.trainer.model.flow, args.batch_size)
-            if amp:
-                train.round_together(self.trainer)
-            if compiled:
-                train.compile_step(self.trainer, blank, amp)
-            if graph:
-                train.record_step(self.trainer, blank, amp)
+            fused = fused and train.can_fuse_flow(self.trainer.model.flow, device, amp)
+            train.speed_up(self.trainer, blank, amp, fused, compiled, graph)
         # It goes on without where one of them fails.
         flow = self.trainer.model.flow
         self.about = {"fused_flow": flow is not None and flow.fold_norms is not None,

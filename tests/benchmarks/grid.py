@@ -56,6 +56,7 @@ from utils import (
     read_image,
     read_json,
     run,
+    save_figure,
     true_false,
     writable_folder,
     write_json,
@@ -514,9 +515,7 @@ def save_panels(path, title, panels):
         ax.imshow(image, interpolation="nearest")
         ax.set_title(label, fontsize=10)
     fig.suptitle(title, fontsize=10)
-    with atomic_write(path) as f:
-        fig.savefig(f, format="png", dpi=120)
-    plt.close(fig)
+    save_figure(path, fig, dpi=120)
 
 
 def save_pictures(out, records):
@@ -571,9 +570,7 @@ def save_curves(path, out, records):
         ax.grid(alpha=0.3)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     fig.suptitle("Held-out images, EMA weights; a line for each seed", fontsize=10)
-    with atomic_write(path) as f:
-        fig.savefig(f, format="png", dpi=90)
-    plt.close(fig)
+    save_figure(path, fig, dpi=90)
 
 
 def collect(out, records):
