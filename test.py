@@ -44,7 +44,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -1117,6 +1117,79 @@ def main():
         export_and_measure(args, locks)
 
 
+class Report(NamedTuple):
+    """Where the numbers of a run of this script go, and what stands beside each of them."""
+    folder: Path                # save_dir/exp_name/test
+    log: TextIO                 # test_log.txt in it
+    tag: str
+    position: str               # which weights of which epoch, in words
+    provenance: dict            # the part of every protocol that says which model and data
+
+    def say(self, text):
+        print(text, flush=True)
+        print(text, file=self.log, flush=True)
+
+
+def report_likelihood(args, report, model, sets):
+    """nll.json. All processes share the work."""
+    result = estimate_nll(args, model, sets)
+    n = len(spread(args.nll_images, len(sets["test"])))
+    protocol = {"images": n, "split": "test", "choice": "all" if n == len(sets["test"]) else "evenly spaced",
+                "importance_samples": args.nll_samples, "data": sets["test"].fingerprint,
+                "scale_fitted_on": f"{min(args.nll_fit_images, len(sets['train']))} training images", **report.provenance}
+    if is_main():
+        write_json(report.folder / "nll.json", {"tag": report.tag, "nll": result, "protocol": protocol})
+    for name, words in (("importance_weighted", f"-log p(x) at most, {args.nll_samples} importance samples"),
+                        ("negative_elbo", "-ELBO")):
+        report.say(f"likelihood  {words}: {result[name]['nats_per_image']:.1f} nats per image, "
+                   f"{result[name]['bits_per_dim']:.4f} bits per dimension")
+    report.say(f"            discretised Laplace of scale {result['laplace_scale_grey_levels']:.2f} grey levels, {n:,} "
+               f"held-out images; the model was not trained for this alone")
+
+
+def report_evaluation(args, report, model, data, extractor, features, paths):
+    """The evaluation's JSON, at each of the paths."""
+    metrics, protocol = evaluate(args, model, data, extractor, features)
+    for path in paths:
+        write_json(path, {"tag": report.tag, "metrics": metrics, "protocol": protocol | report.provenance})
+    name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
+    report.say(f"evaluation  {name} {metrics['fid']:.3f}, KID {kernel_text(metrics, 5)}, "
+               + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
+    bypassed = f", flow bypassed {metrics['fid_flow_bypassed']:.3f}" if "fid_flow_bypassed" in metrics else ""
+    report.say(f"            where quality is lost: samples {metrics['fid']:.3f}, reconstructions "
+               f"{metrics['fid_reconstructed']:.3f}{bypassed}; the prior's gap is {metrics['fid_prior_gap']:.3f}")
+    report.say(f"            {protocol['real']['images']:,} real and {protocol['fake']['images']:,} generated images; "
+               f"written to {paths[0]} and, for comparison.py, to {paths[1]}")
+
+
+def report_latent_space(args, report, model, sets, flip):
+    """The pictures, and diagnostics.json and .png. flip: the training saw mirrored images."""
+    held_out = sets["test"]
+    # Enough for the pictures; all that --diagnose_images asks for where it is asked.
+    chosen = spread(args.diagnose_images if args.diagnose else max(args.map_images, 2000), len(held_out))
+    posterior = collect_posterior(model, held_out, chosen, max(args.gen_batch_size, 100), args.seed)
+    if args.do_pictures:
+        for line in save_pictures(args, model, sets, posterior, report.folder, flip):
+            report.say(f"pictures    {line}")
+    if not args.diagnose:
+        return
+    result = diagnose(model, posterior)
+    protocol = {"images": len(chosen), "split": "test", "data": held_out.fingerprint,
+                "choice": "all" if len(chosen) == len(held_out) else "evenly spaced",
+                "noise": "one posterior sample of each image", **report.provenance}
+    write_json(report.folder / "diagnostics.json", {"tag": report.tag, "diagnostics": result, "protocol": protocol})
+    save_diagnostics(report.folder / "diagnostics.png", result, posterior,
+                     f"{report.tag}, {report.position}, {len(chosen):,} held-out images")
+    report.say(f"diagnosis   KL {result['kl_raw']:.2f} nats, mutual information {result['mutual_information']:.2f} (cap "
+               f"log N = {result['mutual_information_cap']:.2f}), active units {result['active_units']} of "
+               f"{result['latent_dim']}, components {result['effective_components']:.1f} effective, "
+               f"{result['dead_components']} dead of {result['components']}")
+    if model.flow is not None:
+        report.say(f"            |s| > 0.9 c: {result['saturated_share']:.2%}, round trip "
+                   f"{result['round_trip_error_float32']:.1e} in float32, "
+                   f"{result['round_trip_error_float64']:.1e} in float64")
+
+
 @exact_convolutions()                                           # a GPU's pixels within one grey level of a CPU's
 def export_and_measure(args, locks):
     """locks: an ExitStack that keeps the folders which are written to locked until the end."""
@@ -1170,98 +1243,46 @@ def export_and_measure(args, locks):
 
     starts = gather(starts)[0]
     log = open(folder / "test_log.txt" if is_main() else os.devnull, "a", encoding="utf-8", errors="backslashreplace")
-
-    def say(text):
-        print(text, flush=True)
-        print(text, file=log, flush=True)
-
-    print(shlex.join(["python", *sys.argv]), file=log, flush=True)
-    position = f"epoch {checkpoint['epoch']}, {weights.replace('ema', 'EMA')} weights"
-    say(f"checkpoint  {args.resume} ({position}, SHA-256 {identity['checkpoint_sha256'][:12]})")
-    if sets:
-        say(f"data        {checkpoint['args']['dataset']} in {args.data_dir}: {len(sets['train']):,} training and "
-            f"{len(sets['test']):,} held-out images, {'x'.join(map(str, sets['train'].shape))}")
-    if mixed:
-        for place in (sys.stderr, log) if is_main() else ():
-            print(f"warning: {mixed}", file=place, flush=True)
-    say(f"results     {folder}")
     provenance = {"checkpoint": str(args.resume), **identity, "epoch": checkpoint["epoch"], "seed": args.seed,
                   "training_seed": checkpoint["args"].get("seed"), "training_data": checkpoint.get("data_id"),
                   "data_is_training_data": not mixed, "lpips_sha256": checkpoint.get("lpips_id"),
                   "device": str(device),
                   "versions": {"python": platform.python_version(), "numpy": np.__version__}
                   | {name: version(name) for name in ("torch", "torchvision", "pytorch-fid")}}
+    position = f"epoch {checkpoint['epoch']}, {weights.replace('ema', 'EMA')} weights"
+    report = Report(folder, log, tag, position, provenance)
+    print(shlex.join(["python", *sys.argv]), file=log, flush=True)
+    report.say(f"checkpoint  {args.resume} ({position}, SHA-256 {identity['checkpoint_sha256'][:12]})")
+    if sets:
+        report.say(f"data        {checkpoint['args']['dataset']} in {args.data_dir}: {len(sets['train']):,} training and "
+                   f"{len(sets['test']):,} held-out images, {'x'.join(map(str, sets['train'].shape))}")
+    if mixed:
+        for place in (sys.stderr, log) if is_main() else ():
+            print(f"warning: {mixed}", file=place, flush=True)
+    report.say(f"results     {folder}")
 
     # -- images on disk -------------------------------------------------------------------------------------------
     for export, start in zip(exports, starts):
         what = f"{export.folder}: {export.count:,} images"
         if start == export.count:
-            say(f"export      {what}, complete and as asked for, used as they are")
+            report.say(f"export      {what}, complete and as asked for, used as they are")
             continue
         if start > 0:
-            say(f"export      {what}, going on from {start:,}")
+            report.say(f"export      {what}, going on from {start:,}")
         rate = write_export(export, start, args.png_threads or min(cpu_count(), 8))
-        say(f"export      {what}{', an older export replaced' if start < 0 else ''}, {rate:,.0f} a second")
+        report.say(f"export      {what}{', an older export replaced' if start < 0 else ''}, {rate:,.0f} a second")
 
-    # -- likelihood -----------------------------------------------------------------------------------------------
+    # -- numbers and pictures -------------------------------------------------------------------------------------
     if args.nll:
-        result = estimate_nll(args, model, sets)
-        n = len(spread(args.nll_images, len(sets["test"])))
-        protocol = {"images": n, "split": "test", "choice": "all" if n == len(sets["test"]) else "evenly spaced",
-                    "importance_samples": args.nll_samples, "data": sets["test"].fingerprint,
-                    "scale_fitted_on": f"{min(args.nll_fit_images, len(sets['train']))} training images", **provenance}
-        if is_main():
-            write_json(folder / "nll.json", {"tag": tag, "nll": result, "protocol": protocol})
-        for name, words in (("importance_weighted", f"-log p(x) at most, {args.nll_samples} importance samples"),
-                            ("negative_elbo", "-ELBO")):
-            say(f"likelihood  {words}: {result[name]['nats_per_image']:.1f} nats per image, "
-                f"{result[name]['bits_per_dim']:.4f} bits per dimension")
-        say(f"            discretised Laplace of scale {result['laplace_scale_grey_levels']:.2f} grey levels, {n:,} "
-            f"held-out images; the model was not trained for this alone")
-
-    # -- evaluation -----------------------------------------------------------------------------------------------
+        report_likelihood(args, report, model, sets)
     if args.evaluate:
         features = evaluation_features(args, model, sets[args.real_split], extractor)
     if not is_main():       # what follows takes one process, and comes last so that no other has to wait until it is done
         return
     if args.evaluate:
-        metrics, protocol = evaluate(args, model, sets[args.real_split], extractor, features)
-        for path in evaluations:
-            write_json(path, {"tag": tag, "metrics": metrics, "protocol": protocol | provenance})
-        name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
-        say(f"evaluation  {name} {metrics['fid']:.3f}, KID {kernel_text(metrics, 5)}, "
-            + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
-        bypassed = f", flow bypassed {metrics['fid_flow_bypassed']:.3f}" if "fid_flow_bypassed" in metrics else ""
-        say(f"            where quality is lost: samples {metrics['fid']:.3f}, reconstructions "
-            f"{metrics['fid_reconstructed']:.3f}{bypassed}; the prior's gap is {metrics['fid_prior_gap']:.3f}")
-        say(f"            {protocol['real']['images']:,} real and {protocol['fake']['images']:,} generated images; "
-            f"written to {eval_out} and, for comparison.py, to {evaluations[1]}")
-
-    # -- pictures, diagnostics ------------------------------------------------------------------------------------
+        report_evaluation(args, report, model, sets[args.real_split], extractor, features, evaluations)
     if args.do_pictures or args.diagnose:
-        held_out = sets["test"]
-        # Enough for the pictures; all that --diagnose_images asks for where it is asked.
-        chosen = spread(args.diagnose_images if args.diagnose else max(args.map_images, 2000), len(held_out))
-        posterior = collect_posterior(model, held_out, chosen, max(args.gen_batch_size, 100), args.seed)
-    if args.do_pictures:
-        for line in save_pictures(args, model, sets, posterior, folder, checkpoint["args"]["flip"]):
-            say(f"pictures    {line}")
-    if args.diagnose:
-        result = diagnose(model, posterior)
-        protocol = {"images": len(chosen), "split": "test", "data": held_out.fingerprint,
-                    "choice": "all" if len(chosen) == len(held_out) else "evenly spaced",
-                    "noise": "one posterior sample of each image", **provenance}
-        write_json(folder / "diagnostics.json", {"tag": tag, "diagnostics": result, "protocol": protocol})
-        save_diagnostics(folder / "diagnostics.png", result, posterior,
-                         f"{tag}, {position}, {len(chosen):,} held-out images")
-        say(f"diagnosis   KL {result['kl_raw']:.2f} nats, mutual information {result['mutual_information']:.2f} (cap "
-            f"log N = {result['mutual_information_cap']:.2f}), active units {result['active_units']} of "
-            f"{result['latent_dim']}, components {result['effective_components']:.1f} effective, "
-            f"{result['dead_components']} dead of {result['components']}")
-        if model.flow is not None:
-            say(f"            |s| > 0.9 c: {result['saturated_share']:.2%}, round trip "
-                f"{result['round_trip_error_float32']:.1e} in float32, "
-                f"{result['round_trip_error_float64']:.1e} in float64")
+        report_latent_space(args, report, model, sets, checkpoint["args"]["flip"])
 
     real_images = {"split": args.real_split}
     if sets or args.real_split == "train":                      # else it is not known which they would be
