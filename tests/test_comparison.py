@@ -556,3 +556,93 @@ def test_a_name_that_the_usual_font_lacks_is_drawn_in_one_that_has_it(fonts, mis
         plt.close(fig)
     assert any(" missing from " in str(w.message) for w in caught) == missing
     assert not [w for w in caught if "No such font" in str(w.message)]
+
+
+def test_difference_figure_has_the_intervals_that_were_asked_for():
+    x, y = sample(300, -0.5), sample(300, seed=1)
+    result = compare(x[["lap_var"]].to_numpy(), y[["lap_var"]].to_numpy(), B=50)[0]
+    fig, _, _ = comparison.difference_figure("lap_var", ["m"], {"m": result}, 80)
+    left, right = fig.axes
+    band = left.collections[0].get_paths()[0].vertices
+    low, high = percentile_interval(result["percentiles"][1] / result["ref_percentiles"][1], 80)
+    for p in (10, 50, 90):
+        assert sorted(band[band[:, 0] == p, 1])[::len(band[band[:, 0] == p]) - 1] == pytest.approx([low[p - 1], high[p - 1]])
+    bars = [c.get_segments()[0][:, 0] for c in right.collections]
+    for bar, line, field in zip(bars, right.lines, ("mean", "median")):
+        (a, draws), (b, ref) = result[field], result[f"ref_{field}"]
+        assert line.get_xdata()[0] == pytest.approx(100 * (a / b - 1))
+        assert bar == pytest.approx(percentile_interval(100 * (draws / ref - 1), 80))
+    plt.close(fig)
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_violin_figure_shows_each_density_where_it_lies_and_reals_over_it(scale):
+    rng = np.random.default_rng(0)
+    samples = {"VAE": np.exp(rng.normal(0, 0.3, 800)), "real": np.exp(rng.normal(1, 0.3, 800))}
+    axis = Axis(samples, scale)
+    fig = comparison.violin_figure("lap_var", samples, axis)
+    ax = fig.axes[0]
+    bodies = [c.get_paths()[0].vertices for c in ax.collections if hasattr(c, "get_paths") and len(c.get_paths()) and
+              len(c.get_paths()[0].vertices) > 100]
+    curves = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) > 100]
+    real = None
+    for row, (body, v) in enumerate(zip(bodies, samples.values())):
+        t, d = comparison.density(axis.place(v), axis.low, axis.high)
+        top = (10 ** t if axis.log else t)[d.argmax()]
+        assert body[np.abs(body[:, 1] - row).argmax(), 0] == pytest.approx(top, rel=0.02)
+        real = top
+    for curve in curves:                                         # dashed, over the variant: real's
+        assert curve[np.nanargmax(np.abs(curve[:, 1])), 0] == pytest.approx(real, rel=0.02)
+    assert len(curves) == 2
+    plt.close(fig)
+
+
+def test_box_figure_marks_the_mean_and_the_whiskers_asked_for():
+    values = np.exp(np.random.default_rng(0).normal(0, 1, 1000))
+    fig = comparison.box_figure("lap_var", {"a": values}, Axis({"a": values}, "linear"), (5, 90))
+    ax = fig.axes[0]
+    assert ax.lines[0].get_xdata()[0] == pytest.approx(values.mean())
+    ends = [s[0, 0] for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments() if s[0, 0] == s[1, 0]]
+    assert {*np.percentile(values, [5, 90]).round(9)} <= {round(e, 9) for e in ends}
+    plt.close(fig)
+
+
+def test_bandwidth_is_silvermans():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0, 0.1, 900), rng.uniform(-8, 8, 100)])      # IQR far below the standard deviation
+    grid, d = comparison.density(values, -8, 8)
+    assert np.ptp(grid[d > 0.5]) < 0.4
+
+
+def test_tables_obey_confidence_and_seed_and_hold_what_their_headers_say(tmp_path):
+    folder = write_caches(tmp_path / "in", b=sample(60), a=sample(50, 0.4, 1), real=sample(25, 1, 2))
+    table = pd.read_csv(folder / "cache_b.csv")
+    table.loc[:2, "lap_var"], table["tenengrad"] = 0, table["tenengrad"] * 100
+    table.to_csv(folder / "cache_b.csv", index=False)
+    protocol = {"real": {"images": 7, "split": "test"}, "fake": {"images": 5}, "k": 3, "nearest_k": 5, "seed": 9}
+    write_evaluation(folder, "evaluation_a.json", {"fid": 1.0}, protocol)
+    write_evaluation(folder, "evaluation_b.json", {"fid": 2.0}, protocol)
+    rows = {}
+    for name, more in (("95", []), ("60", ["--confidence", "60"]), ("seed", ["--seed", "1"])):
+        comparison.main(["--cache_dir", str(folder), "--out_dir", str(tmp_path / name), "--bootstrap", "200", "--dpi", "40",
+                         "--model_order", "b,a,real", *more])
+        rows[name] = pd.read_csv(tmp_path / name / "summary.csv")
+    wide, narrow, other = (rows[n].iloc[0] for n in ("95", "60", "seed"))
+    for column in ("mean", "median", "wasserstein", "ks", "cliff", "mean_difference"):
+        assert narrow[f"{column}_high"] - narrow[f"{column}_low"] < wide[f"{column}_high"] - wide[f"{column}_low"]
+        assert (wide[f"{column}_low"], wide[f"{column}_high"]) != (other[f"{column}_low"], other[f"{column}_high"])
+    assert wide.zeros == 3 and rows["95"].iloc[1].zeros == 0
+    x, y = table.lap_var, sample(25, 1, 2).lap_var
+    error = np.hypot(x.std() / 60 ** 0.5, y.std() / 25 ** 0.5)               # both sides vary
+    assert (wide.mean_difference_high - wide.mean_difference_low) / 2 == pytest.approx(1.96 * error, rel=0.2)
+    b = rows["95"].query("variant == 'b' and metric == 'tenengrad'").iloc[0]
+    assert b.wasserstein_high > b.wasserstein > b.wasserstein_low > 1
+    lines = (tmp_path / "95/summary.md").read_text().splitlines()
+    line = next(t for t in lines if t.startswith("| b | ") and not t.startswith("| b | 60 ") and "evaluation" not in t)
+    cells = [c.split(" [")[0].replace("\\", "") for c in line.split(" | ")][1:]
+    wanted = [wide.mean_difference, wide.median_difference, wide.wasserstein, wide.wasserstein / y.std(), wide.ks, wide.cliff]
+    assert [float(c.strip("| ").split(" ")[0]) for c in cells] == pytest.approx(wanted, rel=1e-3)
+    evaluation = pd.read_csv(tmp_path / "95/evaluation.csv")
+    assert evaluation.variant.tolist() == ["b", "a"] and evaluation.fid.tolist() == [2, 1]
+    found = evaluation.iloc[0][["real_images", "fake_images", "real_split", "k", "nearest_k", "seed"]].tolist()
+    assert found == [7, 5, "test", 3, 5, 9]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import write_images
 from PIL import Image, PngImagePlugin
 from scipy import ndimage
 
@@ -350,3 +351,11 @@ def test_flags_out_of_range_are_refused(tmp_path, script, flag, value):
     code, _, stderr = script("--gen", tmp_path, "--out_dir", tmp_path / "o", "--tag", "t", flag, value)
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert code == 2 and flag in stderr and not (tmp_path / "o").exists()
+
+
+def test_fingerprint_counts_the_images_that_were_measured(tmp_path, monkeypatch):
+    write_images(tmp_path / "g", 3, size=8)
+    (tmp_path / "g/bad.png").write_bytes(b"no")
+    csv_analysis.main(["--gen", str(tmp_path / "g"), "--out_dir", str(tmp_path / "o"), "--tag", "t", "--skip_corrupt"])
+    record = json.loads((tmp_path / "o/cache_t.json").read_text())
+    assert (record["files"], record["images"]) == (4, 3)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import numpy as np
 import pytest
@@ -343,3 +344,43 @@ def test_latent_health_against_hand_made_numbers():
     assert summary["effective_components"] == pytest.approx(2, rel=1e-3) and summary["dead_components"] == 2
     assert summary["kl_raw"] == pytest.approx(49.5) and summary["log_q0"] == pytest.approx(50.5)
     assert summary["log_det"] == pytest.approx(2)
+
+
+def test_cifar10_keeps_its_splits_and_its_pixels(monkeypatch):
+    import torchvision
+    rng = np.random.default_rng(0)
+    sets = {train: rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for train, n in ((True, 5), (False, 3))}
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train, download: types.SimpleNamespace(data=sets[train]))
+    for found, split in zip(load_data(flags("x", dataset="cifar10", img_size=32), "cpu"), (True, False)):
+        assert np.array_equal(found.images.permute(0, 2, 3, 1).numpy(), sets[split])
+
+
+def test_decoded_data_sets_are_resized_and_greyed_as_files_are():
+    """Within a level of PIL, which read_image uses."""
+    x = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    x[1] = 255 * (np.indices((32, 32)).sum(0) % 2)[:, :, None]
+    x[2, :, 16:], x[2, :, :16] = 255, 0                          # an edge, at which bicubic overshoots
+    ours = torch.from_numpy(x).permute(0, 3, 1, 2)
+    for size in (12, 40):
+        pil = np.stack([np.asarray(Image.fromarray(i).resize((size, size), Image.BICUBIC)) for i in x]).astype(int)
+        off = np.abs(utils._resize(ours, size).permute(0, 2, 3, 1).numpy() - pil)
+        # (PIL clips between its two passes, which shows where noise is enlarged.)
+        assert off[2 if size > 32 else 0:].max() <= 1 and off.mean() < 0.3
+    grey = np.stack([np.asarray(Image.fromarray(i).convert("L")) for i in x]).astype(int)
+    assert np.abs(utils._set_channels(ours, 1)[:, 0].numpy() - grey).max() <= 1
+    rgb = utils._set_channels(ours[:, :1], 3)
+    assert all(torch.equal(rgb[:, c], ours[:, 0]) for c in range(3))
+
+
+def test_kept_images_of_another_size_or_colour_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "MANY_IMAGES", 20)
+    write_images(tmp_path / "d", 30, size=8)
+    for size, channels in ((8, 3), (4, 3), (4, 1)):
+        train, _ = load_data(flags(tmp_path / "d", img_size=size, in_channels=channels), "cpu", tmp_path / "cache")
+        assert train.shape == (channels, size, size)
+
+
+def test_the_test_folder_comes_before_others(tmp_path):
+    for name, n in (("train", 4), ("test", 3), ("val", 2)):
+        write_images(tmp_path / name, n, size=8)
+    assert len(load_data(flags(tmp_path), "cpu")[1]) == 3

@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from conftest import ROOT, write_images
 
+import utils
 from utils import (
     InceptionFeatures,
     UserError,
@@ -201,3 +202,9 @@ def test_features_are_the_same_whoever_asks():
         assert features.tolist() == 3 * [[0.0, 1.0]] and torch.backends.cudnn.allow_tf32
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def test_cached_statistics_are_of_these_weights(fake_hub):
+    fake_hub.inception()
+    network = utils.InceptionFeatures(torch.device("cpu"), 64)
+    assert network.sha256 in network.key and "64" in network.key

@@ -354,6 +354,21 @@ def test_logvar_clamp_is_the_same_everywhere():
         assert logvar.min() >= -0.01 and logvar.max() <= 0.01 and logvar.abs().max() == 0.01
 
 
+@pytest.mark.parametrize("kwargs", [dict(prior="mog"), FULL])
+def test_logvar_clamp_holds_for_a_free_mixture_too(kwargs):
+    model = make(logvar_clamp=(-0.5, 0.5), **kwargs)
+    with torch.no_grad():
+        model.prior_logvar[0], model.prior_logvar[1] = -9, 9
+    logvar = model.prior_params()[1]
+    assert logvar.min() == -0.5 and logvar.max() == 0.5
+
+
+@pytest.mark.parametrize("prior", ["vamp", "mog"])
+def test_components_start_apart(prior):
+    mu = make(perturb=0, prior=prior).prior_params()[0]
+    assert torch.cdist(mu, mu).fill_diagonal_(9).min() > 1e-3
+
+
 # -- generation -------------------------------------------------------------------------------------------------------
 
 def test_samples_of_the_default_prior_are_the_mixture_and_skip_the_flow():
@@ -386,6 +401,23 @@ def test_sampling_is_seeded_and_temperature_narrows_it():
         cold = model.sample_latents(200, temperature=0.0, generator=torch.Generator().manual_seed(0))
         mu_k = model.prior_params()[0]
     assert torch.cdist(cold, mu_k).min(1).values.max() < 1e-6
+
+
+def test_temperature_is_a_factor_of_sigma():
+    model = make(flow_length=0)
+    with torch.no_grad():
+        cold, warm, mean = (model.sample_latents(50, t, torch.Generator().manual_seed(0)) for t in (0.5, 1.0, 0.0))
+    assert torch.allclose(cold - mean, 0.5 * (warm - mean), rtol=0, atol=1e-12)
+
+
+def test_posterior_means_are_float32_under_autocast():
+    model = CrossFlowVampVAE(img_size=8, hidden_dims=(8,), latent_dim=4, flow_length=0, num_components=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, h = model.encoder(x := torch.rand(3, 3, 8, 8))
+        mu, _ = model.encode(x)
+    assert mu.dtype == torch.float32
+    torch.testing.assert_close(mu, torch.nn.functional.linear(h.float().flatten(1), model.encoder.head.weight,
+                                                              model.encoder.head.bias)[:, :4])
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
@@ -431,3 +463,25 @@ def test_saturated_pixels_keep_a_gradient_under_autocast():
         image = model.decode(torch.zeros(2, 4))
     image.sum().backward()
     assert image.dtype == torch.float32 and image.min() > 0.99 and (last.bias.grad > 0).all()
+
+
+GOLDEN = [-0.16870913959773412, 0.25181759766157685, 0.28887901857422293, 0.04156508956045036, 1.2768610567702134,
+          2.8032992825064564, -9.295649802836966, -0.29780645985014087, -11.80114262549328]
+
+
+def test_a_checkpoint_of_yesterday_makes_the_same_numbers_today():
+    """Weights from a plain sequence, so that they depend on nothing but their names' order: a change of what the layers
+    compute, which would load older checkpoints and give other images, is seen."""
+    model = CrossFlowVampVAE(img_size=8, latent_dim=8, hidden_dims=(64, 128), num_components=3, flow_length=2, flow_seq_len=2,
+                             flow_embed_dim=16, flow_heads=2, flow_layers=1).double().eval()
+    with torch.no_grad():
+        start = 0
+        for p in model.parameters():
+            p.copy_((0.3 * torch.sin(torch.arange(start, start + p.numel(), dtype=torch.float64))).view_as(p))
+            start += p.numel()
+        x = torch.sin(torch.arange(2 * 3 * 64, dtype=torch.float64)).view(2, 3, 8, 8)
+        out = model(x, torch.sin(torch.arange(16, dtype=torch.float64)).view(2, 8))
+        kl = model.kl_terms(out)
+    found = [out.recon.mean().item(), out.recon.std().item(), out.mu.std().item(), out.logvar.mean().item(),
+             out.zK.std().item(), *(t[0].item() for t in kl)]
+    assert found == pytest.approx(GOLDEN, rel=1e-6)

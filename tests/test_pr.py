@@ -1,4 +1,5 @@
 """PR_Calculate.py: exact equality with brute force, agreement with prdc, properties, the command line."""
+import inspect
 import json
 import math
 import os
@@ -503,3 +504,64 @@ def test_missing_weights_without_network_are_named(folders, tmp_path):
     assert done.returncode == 2 and "pt_inception-2015-12-05-6726825d.pth" in done.stderr
     lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("Downloading")]    # torch 2.4 says so
     assert len(lines) == 1 and not (tmp_path / "o.json").exists()
+
+
+def test_cached_features_of_another_network_are_not_taken(tmp_path):
+    survey = PR_Calculate.survey_folder(write_images(tmp_path / "a", 5), "--dir")
+    other = PooledPixels()
+    other.key = "another"
+    for network in (PooledPixels(), other):
+        PR_Calculate.folder_features(network, [survey], 4, tmp_path)
+        assert network.seen == 5
+
+
+def run_pr(monkeypatch, tmp_path, *more):
+    seen = []
+    monkeypatch.setattr(PR_Calculate, "InceptionFeatures", lambda device, dims, **_: seen.append(dims) or PooledPixels())
+    monkeypatch.setattr(sys, "argv", ["PR_Calculate.py", "--real_dir", str(tmp_path / "real"), "--fake_dir",
+                                      str(tmp_path / "fake"), "--device", "cpu", "--pca_dim", "0", "--out",
+                                      str(tmp_path / "o.json"), *map(str, more)])
+    PR_Calculate.main()
+    return seen, json.loads((tmp_path / "o.json").read_text())
+
+
+def test_command_line_passes_seed_and_features_on_and_counts_every_image(tmp_path, monkeypatch):
+    write_images(tmp_path / "real", 20, size=8)
+    write_images(tmp_path / "fake", 20, size=8, seed=1)
+    pixels = [run_pr(monkeypatch, tmp_path, "--num_images", 8, "--seed", s)[1]["protocol"]["real"]["pixels"] for s in (0, 1, 0)]
+    assert pixels[0] == pixels[2] != pixels[1]
+    shutil.copy(tmp_path / "fake/00001.png", tmp_path / "fake/00002.png")
+    dims, written = run_pr(monkeypatch, tmp_path)
+    assert dims == [2048]
+    assert [written["protocol"]["fake"][k] for k in ("images", "distinct_images")] == [20, 19]
+
+
+def test_kid_is_the_mean_over_seeded_subsets_without_repetition():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(50, 4)), rng.normal(size=(40, 4)) + 0.3
+    draws = np.random.default_rng(7)
+
+    def kernel(a, b):
+        return (a @ b.T / 4 + 1) ** 3
+
+    def once():
+        x, y = (s[draws.choice(len(s), 20, replace=False)] for s in (real, fake))
+        own = sum(v.sum() - np.trace(v) for v in (kernel(x, x), kernel(y, y)))
+        return own / (20 * 19) - 2 * kernel(x, y).mean()
+
+    values = [once() for _ in range(6)]
+    found = PR_Calculate.kernel_distance(real, fake, subsets=6, subset_size=20, seed=7)
+    assert found == pytest.approx((np.mean(values), np.std(values)))
+    defaults = {k: v.default for k, v in inspect.signature(PR_Calculate.kernel_distance).parameters.items()}
+    assert (defaults["subsets"], defaults["subset_size"], defaults["seed"]) == (100, 1000, 0)
+
+
+def test_vgg16_reduces_large_images_with_antialias(fake_hub):
+    fake_hub.vgg16()
+    extractor = PR_Calculate.VGG16Features(torch.device("cpu"))
+    shown = []
+    extractor.model = lambda x: shown.append(x) or x.flatten(1)
+    stripes = (255 * (torch.arange(672) % 3 == 1)).to(torch.uint8).expand(1, 3, 672, 672)
+    extractor(stripes)
+    pixels = (shown[0] * extractor.std + extractor.mean) * 255
+    assert pixels[..., 8:-8].std() < 2 and abs(pixels[..., 8:-8].mean() - 85) < 2

@@ -514,6 +514,13 @@ def test_samples_need_no_data(checkpoint, monkeypatch, tmp_path):
     assert len(read(tmp_path / "elsewhere" / "fake_cifar")[0]) == 25
 
 
+def test_part_of_the_reconstructions_is_spread_over_the_split(checkpoint, data, monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_real", "False", "--do_fake", "False", "--do_recon", "True",
+         "--num_recon", 5)
+    model, _ = load_model(checkpoint, "cpu")
+    assert torch.equal(read(data / "recon_cifar")[0], script.reconstruct(model, data_set(data)[0].images[::12]))
+
+
 # -- variants of the model --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, space", [
@@ -603,6 +610,41 @@ def test_nearest_image_takes_fewer_large_images_at_a_time(monkeypatch):
         taken.clear()
 
 
+def test_pictures_of_a_model_that_decodes_z0_go_back_through_the_flow(data, tmp_path):
+    model, _ = load_model(make_checkpoint(tmp_path / "r", data, "--decode_from", "z0"), "cpu")
+    x = data_set(data)[1].images[:2]
+    row, = script.interpolate(model, x, seed=0, steps=3)
+    eps = torch.randn(2, 4, generator=seeded("cpu", 0, "interpolation"))
+    assert (row[1][[1, 3]].int() - to_uint8(model.reconstruct(to_float(x), eps)).int()).abs().max() <= 1
+    mean = script.component_rows(model, [1, 0, 0, 0, 0], 0, 1.0, most=1)[0][1][1]
+    with torch.no_grad():
+        wanted = to_uint8(model.decode(model.flow.inverse(model.prior_params()[0][:1])[0]))[0]
+    assert (mean.int() - wanted.int()).abs().max() <= 1
+
+
+def test_pictures_obey_the_temperature_and_the_mirror(checkpoint, data, monkeypatch, tmp_path):
+    model, _ = load_model(checkpoint, "cpu")
+    saved, rows, nearest = {}, {}, []
+    monkeypatch.setattr(script, "save_png", lambda path, grid, zoom: saved.update({path.name: grid}))
+    monkeypatch.setattr(script, "save_rows", lambda path, title, r, *_, **__: rows.update({path.name: r}))
+    search = script.nearest_rows
+    monkeypatch.setattr(script, "nearest_rows", lambda *x: nearest.append(x) or search(*x))
+    main(monkeypatch, tmp_path, checkpoint, "--device", "cpu", "--do_real", "False", "--do_fake", "False", "--temperature", 0)
+    assert torch.equal(saved["samples.png"], script.image_grid(next(generate_images(model, 64, 64, 0, 0.0)), 8))
+    _, images, _ = rows["components.png"][0]
+    assert all(torch.equal(images[1], image) for image in images[2:])          # without temperature samples are the mean
+    train, held_out = data_set(data)
+    assert torch.equal(rows["reconstructions.png"][1][1], script.reconstruct(model, held_out.images)[:10])
+    samples, shown, searched, mirror = nearest[0]
+    assert searched.fingerprint == train.fingerprint and mirror is True
+
+
+def test_medians_of_distances_are_of_samples_and_of_held_out_images():
+    base = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    samples, held_out = torch.full((3, 1, 2, 2), 10, dtype=torch.uint8), torch.full((2, 1, 2, 2), 50, dtype=torch.uint8)
+    assert script.nearest_rows(samples, held_out, MemoryImages(base), False)[1:] == (10, 50)
+
+
 # -- diagnostics ------------------------------------------------------------------------------------------------------
 
 def test_mutual_information_matches_definition_and_limits():
@@ -636,6 +678,57 @@ def test_saturation_and_round_trip_see_what_they_should(checkpoint, data):
     assert posterior.saturated[0] >= 0.5
     model.flow.inverse = lambda z, context=None: (z + 0.1, 0.0)
     assert script.collect_posterior(model, held_out, torch.arange(20), 7, seed=0).round_trip > 0.01
+
+
+def test_diagnosis_of_a_part_of_the_images_says_so(checkpoint, data, monkeypatch, tmp_path):
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_real", "False", "--do_fake", "False", "--diagnose",
+         "--diagnose_images", 10)
+    written = json.loads((tmp_path / "results/run/test/diagnostics.json").read_text())
+    model, _ = load_model(checkpoint, "cpu")
+    mu = model.encode(to_float(data_set(data)[1].images[::2]))[0]
+    assert written["diagnostics"]["mean_variance"] == pytest.approx(mu.var(0, unbiased=False).tolist(), rel=1e-4)
+    assert written["protocol"]["images"] == 10 and written["diagnostics"]["mutual_information_cap"] == math.log(10)
+    posterior = script.collect_posterior(model, data_set(data)[1], script.spread(10, 20), 100, 0)
+    assert written["diagnostics"]["mutual_information"] == pytest.approx(
+        script.mutual_information(posterior.z0, posterior.mu, posterior.logvar))
+    assert posterior.kl.mean().item() == pytest.approx(written["diagnostics"]["kl_raw"], rel=1e-4)
+
+
+def test_saturation_is_measured_at_the_models_own_bound(data, tmp_path):
+    model, _ = load_model(make_checkpoint(tmp_path / "r", data, "--scale_bound", 0.5), "cpu")
+    with torch.no_grad():
+        model.flow.couplings[0].cond_a.head.bias[:2] = 100.0
+    posterior = script.collect_posterior(model, data_set(data)[1], torch.arange(20), 7, seed=0)
+    assert posterior.saturated[0] >= 0.5 and posterior.saturated[0] != posterior.saturated[1]
+    assert script.diagnose(model, posterior)["saturated_share"] == pytest.approx(np.mean(posterior.saturated))
+
+
+def test_latent_map_shows_what_it_names(checkpoint, data, monkeypatch, tmp_path):
+    model, _ = load_model(checkpoint, "cpu")
+    shown = []
+    monkeypatch.setattr(script, "save_figure", lambda path, fig, **_: shown.extend(
+        c.get_offsets().data for c in fig.axes[0].collections))
+    posterior = script.collect_posterior(model, data_set(data)[1], torch.arange(20), 20, 0)
+    health = {**posterior.health, "mean_responsibility": [0.6, 0.4, 0.0, 0.0, 0.0]}
+    script.save_latent_map("", model, posterior._replace(health=health), 20, "pca", 0)
+    from sklearn.decomposition import PCA
+    pca = PCA(2).fit(posterior.zK_of_mu.double().numpy())
+    components = pca.transform(model.prior_params()[0].detach().double().numpy())
+    for found, wanted in zip(shown, (pca.transform(posterior.zK_of_mu.double().numpy()), components[:2], components[2:])):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_diagnostics_figure_shows_the_numbers(checkpoint, data, monkeypatch):
+    model, _ = load_model(checkpoint, "cpu")
+    posterior = script.collect_posterior(model, data_set(data)[1], torch.arange(20), 20, 0)
+    result, figures = script.diagnose(model, posterior), []
+    monkeypatch.setattr(script, "save_figure", lambda path, fig, **_: figures.append(fig))
+    script.save_diagnostics("", result, posterior, "t")
+    bars = [p.get_height() for p in figures[0].axes[3].patches]
+    assert bars == pytest.approx([result["log_q0"], -result["log_det"], -result["log_p"], result["kl_raw"],
+                                  result["mutual_information"]])
+    assert sum(bars[:3]) == pytest.approx(bars[3], rel=1e-4)
+    assert [p.get_height() for p in figures[0].axes[5].patches] == pytest.approx([100 * s for s in posterior.saturated])
 
 
 # -- likelihood -------------------------------------------------------------------------------------------------------
@@ -706,6 +799,36 @@ def test_importance_bound_lies_above_elbo_and_ignores_batches(variant):
     assert torch.equal(*script.bounds_of(log_w[:, :1])[:2])
     small = script.importance_weights(model, x[3:], 30.0, 16, [seeded("cpu", i) for i in (3, 4)], prior, chunk=5)
     assert torch.allclose(small, log_w[3:], rtol=1e-5, atol=1e-2)
+
+
+def test_likelihood_is_of_held_out_images_with_a_scale_of_training_images(checkpoint, data, monkeypatch, tmp_path):
+    seen = []
+
+    def weights_of(model, batch, scale, samples, generators, *_):
+        seen.append((batch, [g.initial_seed() for g in generators]))
+        return batch.double().mean((1, 2, 3))[:, None] * torch.tensor([1.0, 1.1])
+
+    fitted = []
+    monkeypatch.setattr(script, "laplace_scale", lambda pairs: fitted.append(pairs) or 2.0)
+    monkeypatch.setattr(script, "importance_weights", weights_of)
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_real", "False", "--do_fake", "False", "--nll", "--nll_images", 10,
+         "--nll_fit_images", 100, "--seed", 3)
+    training, held_out = data_set(data)
+    assert torch.equal(torch.cat([b for b, _ in seen]), held_out.images[::2])
+    assert len(set(sum((s for _, s in seen), []))) == 10        # noise of its own for each image
+    (levels, means), = fitted[0]
+    model, _ = load_model(checkpoint, "cpu")
+    eps = torch.randn(60, 4, generator=seeded("cpu", 3, "laplace"))
+    assert torch.equal(levels, training.images.float())
+    torch.testing.assert_close(means, (model.reconstruct(to_float(training.images), eps) + 1) * 127.5)
+    written = json.loads((tmp_path / "results/run/test/nll.json").read_text())
+    log_w = held_out.images[::2].double().mean((1, 2, 3))[:, None] * torch.tensor([1.0, 1.1])
+    for name, bound in (("importance_weighted", log_w.logsumexp(1) - math.log(2)), ("negative_elbo", log_w.mean(1))):
+        assert written["nll"][name]["nats_per_image"] == pytest.approx(-bound.mean().item())
+        assert written["nll"][name]["standard_error"] == pytest.approx(bound.std().item() / 10 ** 0.5)
+    assert 1 <= written["nll"]["effective_samples"] <= 2
+    assert written["protocol"]["images"] == 10 and written["protocol"]["choice"] == "evenly spaced"
+    assert written["protocol"]["scale_fitted_on"] == "60 training images"
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
@@ -848,6 +971,38 @@ def test_equal_images_have_equal_features_in_other_processes_too(monkeypatch):
         seen = {}
         assert script.distinct_features(network, [x[:3]], 3, seen, "")[:, 0].tolist() == expected
         assert {seen[k][0] for k in key} == set(expected)
+
+
+def evaluated(checkpoint, data, monkeypatch, tmp_path, *flags):
+    """The network, what was written, of --evaluate with a Recorder as network."""
+    network = Recorder()
+    monkeypatch.setattr(script, "InceptionFeatures", lambda *_, **__: network)
+    main(monkeypatch, tmp_path, checkpoint, *QUIET, "--do_real", "False", "--do_fake", "False", "--evaluate", "--pca_dim", 0,
+         *flags)
+    return network, json.loads((tmp_path / "results/run/test/evaluation_run.json").read_text())
+
+
+def test_evaluation_obeys_seed_temperature_and_split(checkpoint, data, monkeypatch, tmp_path):
+    network, written = evaluated(checkpoint, data, monkeypatch, tmp_path, "--seed", 3, "--temperature", 0.5, "--real_split",
+                                 "test", "--eval_images", 10, "--num_samples", 10)
+    model, _ = load_model(checkpoint, "cpu")
+    held_out = data_set(data)[1].images
+    real, fake, recon = (torch.cat(network.shown)[10 * i:10 * i + 10] for i in range(3))
+    assert torch.equal(real, held_out[::2])
+    assert torch.equal(fake, next(generate_images(model, 10, 100, 3, 0.5)))
+    eps = torch.randn(10, 4, generator=seeded("cpu", 3, "evaluation"))
+    assert torch.equal(recon, to_uint8(model.reconstruct(to_float(held_out[1::2]), eps)))
+    protocol = written["protocol"]
+    assert (protocol["seed"], protocol["fake"]["temperature"], protocol["epoch"], protocol["training_seed"]) == (3, 0.5, 3, 0)
+    assert (protocol["real"]["split"], protocol["real"]["choice"]) == ("test", "10 evenly spaced")
+
+
+def test_kid_of_an_evaluation_obeys_the_seed(checkpoint, data, monkeypatch, tmp_path):
+    seen = []
+    kernel = script.kernel_distance
+    monkeypatch.setattr(script, "kernel_distance", lambda *x, seed=0, **k: seen.append(seed) or kernel(*x, seed=seed, **k))
+    evaluated(checkpoint, data, monkeypatch, tmp_path, "--seed", 3)
+    assert seen == [3]
 
 
 # -- what a user can get wrong ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,13 @@ def test_training_fid_equals_pytorch_fid_on_exported_images(monkeypatch, tmp_pat
     assert cached[0].stat().st_mtime_ns == before and [float(r["fid"]) for r in history(tmp_path / "results/again")] == fids
 
 
+def test_fid_is_measured_every_so_many_epochs_and_at_the_end(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "InceptionFeatures", lambda *_: types.SimpleNamespace(key=""))
+    monkeypatch.setattr(train, "evaluate_fid", lambda *_: 1.0)
+    main(monkeypatch, tmp_path, *data, "--epochs", 5, "--fid_every", 2, "--sample_every", 0, "--no-tensorboard")
+    assert [bool(row["fid"]) for row in history(tmp_path / "results/CrossVampVAE")] == [False, True, False, True, True]
+
+
 def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(monkeypatch, tmp_path, fake_hub):
     import lpips
     fake_hub.squeezenet()
@@ -476,6 +484,14 @@ def test_seed_decides_everything(data, monkeypatch, tmp_path):
              "--sample_every", 0)
     a, b, c = (weights(tmp_path / f"results/{n}/last.pth")["model"] for n in "abc")
     assert same(a, b) and not same(a, c)
+
+
+def test_seed_decides_the_first_weights(data, monkeypatch, tmp_path):
+    for seed in (0, 1):
+        main(monkeypatch, tmp_path, *data, "--epochs", 1, "--lr", 1e-30, "--seed", seed, "--exp_name", seed, "--no-tensorboard",
+             "--sample_every", 0)
+    a, b = (weights(tmp_path / f"results/{seed}/last.pth")["model"]["decoder.stem.0.weight"] for seed in (0, 1))
+    assert not torch.allclose(a, b)
 
 
 def test_resume_refuses_other_values_by_name(data, monkeypatch, tmp_path):
