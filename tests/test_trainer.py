@@ -37,6 +37,7 @@ def make_trainer(*flags, steps=4, folder=None):
     return train.Trainer(args, model, None, steps, 8, folder, "")
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")      # there is no step of the optimiser before
 def test_beta_and_learning_rate_move_every_step_and_the_optimiser_has_its_flags():
     trainer = make_trainer("--epochs", 5, "--lr", 0.1, "--lr_min", 0.02, "--warmup_epochs", 2.5, "--beta_max", 0.4,
                            "--adam_betas", 0.5, 0.9, "--weight_decay", 0.3)
