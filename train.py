@@ -733,7 +733,7 @@ class Trainer:
         self.sums += all_mean(self.unread)
         self.unread.zero_()
         # The causes before what is computed from them.
-        order = ("pixel", "log_q0", "log_det", "log_p", "LPIPS", "KL_Raw", "KL_optim", "grad_norm")
+        order = ("pixel", "log_q0", "log_det", "log_p", "LPIPS", "KL_Raw", "KL_optim", "balance", "loss", "grad_norm")
         first_bad = {name: min((b for b in steps if b), default=0)
                      for name, *steps in zip(TERMS, *gather(self.first_bad.tolist()))}
         bad = [(int(first_bad[name]), i, name) for i, name in enumerate(order) if first_bad[name]]

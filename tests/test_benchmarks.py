@@ -1,6 +1,8 @@
 """tests/benchmarks/: every script, on next to nothing, prints JSON lines alone, each with what a line has to say."""
+import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from conftest import ROOT, run_script, write_images
 from utils import hub_file, sha256_file
 
 FOLDER = ROOT / "tests/benchmarks"
+spec = importlib.util.spec_from_file_location("stand_in", FOLDER / "stand_in.py")
+stand_in = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stand_in)
 LINE = {"case", "count", "per_second", "best_per_second", "peak_memory_mb", "rounds", "device", "threads", "versions"}
 PLAIN = {"plain_per_second", "plain_peak_memory_mb", "ratio_to_plain"}
 NETWORK = ["--img_size", 8, "--hidden_dims", 8, 12, "--latent_dim", 4, "--flow_length", 1, "--flow_seq_len", 1,
@@ -91,3 +96,43 @@ def test_report_of_known_times(monkeypatch, capsys):
     line = json.loads(capsys.readouterr().out)
     assert line["per_second"] == 50 and line["best_per_second"] == 100 and line["cpu_us_each"] == 5000 and line["extra"] == 7
     assert line["plain_per_second"] == 12.5 and line["ratio_to_plain"] == 8     # 4 times as fast at twice the images
+
+
+def test_stand_in_learns_in_the_normalisation_of_lpips():
+    model, theirs = stand_in.Classifier("squeeze", 32, 2), lpips.ScalingLayer()
+    assert torch.equal(model.shift, theirs.shift) and torch.equal(model.scale, theirs.scale)
+    layers = {net: len(stand_in.Classifier(net, 64, 2).trunk) for net in ("vgg", "alex", "squeeze")}
+    assert layers == {"vgg": 30, "alex": 12, "squeeze": 13}   # all but the pooling at the end, if there is one
+
+
+def test_augmented_images_are_flipped_or_not_and_shifted_by_up_to_an_eighth():
+    x = torch.zeros(2000, 1, 16, 16)
+    x[:, :, 8, 6] = 1
+    found = [tuple(i.nonzero()[0].tolist()) for i in stand_in.augment(x, torch.Generator().manual_seed(0))[:, 0]]
+    assert set(found) == {(8 + dy, column + dx) for column in (6, 9) for dy in range(-2, 3) for dx in range(-2, 3)}
+    image = torch.rand(1, 3, 16, 16)
+    seen = {tuple(stand_in.augment(image, torch.Generator().manual_seed(s))[0, :, 8, 8].tolist()) for s in range(200)}
+    whole = {tuple(image[0, :, y, x].tolist()) for y in range(16) for x in range(16)}
+    assert seen <= whole and len(seen) > 25                                                   # channels stay together
+
+
+def test_accuracy_of_the_stand_in_is_of_held_out_images(tmp_path, monkeypatch, capsys):
+    class Brightness(torch.nn.Module):
+        def __init__(self, *_):
+            super().__init__()
+            self.trunk, self.none = torch.nn.Sequential(), torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return x.mean((1, 2, 3))[:, None] * torch.tensor([1.0, -1.0]) + self.none
+
+    for split in ("train", "test"):
+        for name, shift in (("bright", 90), ("dark", -90)):
+            write_images(tmp_path / split / name, 4, size=8, shift=shift)
+    shutil.copy(tmp_path / "test/dark/00000.png", tmp_path / "test/bright/00000.png")         # one of eight is not what it says
+    monkeypatch.setattr(stand_in, "Classifier", Brightness)
+    monkeypatch.setattr(sys, "argv", ["stand_in.py", *map(str, (
+        "--data_dir", tmp_path, "--torch_home", tmp_path / "home", "--epochs", 1, "--batch_size", 4, "--device", "cpu",
+        "--img_size", 8))])
+    stand_in.main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["held_out_accuracy"], line["images"]) == (0.875, 8)

@@ -1,5 +1,6 @@
 """Images in and out: reading, resizing, splitting, listing, atomic files."""
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -25,9 +26,11 @@ from utils import (
     image_grid,
     list_images,
     load_data,
+    my_share,
     read_image,
     save_png,
     seeded,
+    spread,
     to_float,
     to_uint8,
 )
@@ -384,3 +387,106 @@ def test_the_test_folder_comes_before_others(tmp_path):
     for name, n in (("train", 4), ("test", 3), ("val", 2)):
         write_images(tmp_path / name, n, size=8)
     assert len(load_data(flags(tmp_path), "cpu")[1]) == 3
+
+
+def test_thresholds_of_active_units_and_dead_components():
+    health, std = LatentHealth(), torch.tensor([0.0099, 0.0101]).sqrt()
+    usage = torch.tensor([0.0249, 0.0251, 0.5, 0.45], dtype=torch.float64)             # dead below a tenth of a fourth
+    health.mu, health.var, health.parts = [torch.stack([-std, std])], [torch.ones(2, 2)], [torch.zeros(4)]
+    health.responsibility, health.count = 2 * usage, 2
+    summary = health.summary()
+    assert (summary["active_units"], summary["dead_components"]) == (1, 1)
+    assert summary["effective_components"] == pytest.approx(torch.distributions.Categorical(usage).entropy().exp().item())
+
+
+def test_spread_reaches_the_end_and_shares_leave_nothing_out(monkeypatch):
+    assert spread(4, 10).tolist() == [0, 2, 5, 7] and spread(7, 12).tolist() == [0, 1, 3, 5, 6, 8, 10]
+    monkeypatch.setattr(utils, "process_count", lambda: 3)
+    shares = []
+    for process in range(3):
+        monkeypatch.setattr(utils, "rank", lambda process=process: process)
+        shares += [[*range(11)[my_share(11)]]]
+    assert sum(shares, []) == [*range(11)] and {len(s) for s in shares} == {3, 4}
+
+
+def test_seeds_make_the_numbers_they_made_before():
+    """Another derivation would change every sample of every published checkpoint."""
+    def draw(*key):
+        return torch.randint(10 ** 6, (3,), generator=seeded("cpu", *key)).tolist()
+
+    assert draw(0, "samples", 0) == [242486, 989179, 360817] and draw(3, "step", 7) == [992105, 129359, 748206]
+    assert draw(1, 11) != draw(11, 1) and draw(1, "1") != draw("1", 1) != draw(11)
+
+
+def test_split_seed_shuffles():
+    halves = {seed: utils._hold_out(50, seed) for seed in (0, 1)}
+    assert halves[0] != halves[1] and [*range(5)] not in [held for _, held in halves.values()]
+    for kept, held in halves.values():
+        assert len(held) == 5 and sorted(kept + held) == [*range(50)] and kept == sorted(kept) and held == sorted(held)
+
+
+def test_files_of_a_folder_stay_together(tmp_path):
+    """As a sort of whole paths would not keep them: a-b/ stands before a/ there, and a.png between them."""
+    for name in ("a", "a-b", "a b"):
+        write_images(tmp_path / name, 2, size=4)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a" / "00000.png").read_bytes())
+    found = [os.path.relpath(p, tmp_path).replace(os.sep, "/") for p in list_images(tmp_path)]
+    assert found == ["a/00000.png", "a/00001.png", "a b/00000.png", "a b/00001.png", "a-b/00000.png", "a-b/00001.png", "a.png"]
+
+
+def test_16_bits_become_8_and_resizing_is_bicubic(tmp_path):
+    levels = np.array([0, 256, 257, 32896, 65278, 65279, 65535], np.uint16)[None]
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png", 1).tolist() == [[0, 0, 1, 128, 254, 254, 255]]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    image.save(tmp_path / "image.png")
+    wanted = np.asarray(image.resize((12, 8), Image.BICUBIC).crop((2, 0, 10, 8)))
+    assert np.array_equal(read_image(tmp_path / "image.png", 3, 8), wanted)
+
+
+def test_a_large_folder_without_a_test_split_loses_no_image(tmp_path, monkeypatch):
+    """The images that are kept are moved together a thousand at a time."""
+    numbers = torch.stack([torch.arange(2600) // 256, torch.arange(2600) % 256], 1).byte()[:, :, None, None]
+    (tmp_path / "train").mkdir()
+    monkeypatch.setattr(utils, "list_images", lambda *_, **__: [str(n) for n in range(2600)])
+    monkeypatch.setattr(utils, "decode_kept", lambda *_: numbers)
+    train, held = (256 * x.images[:, 0, 0, 0].int() + x.images[:, 1, 0, 0] for x in load_data(flags(tmp_path), "cpu"))
+    kept, out = utils._hold_out(2600, 0)
+    assert train.tolist() == kept and held.tolist() == out
+
+
+def test_written_files_are_on_the_disk_before_they_take_their_name_and_are_readable_by_others(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: done.append(name) or real(*args))
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o022))
+        with atomic_write(tmp_path / "a") as f:
+            f.write(b"a")
+        utils.atomic_write_all({tmp_path / "b": b"b", tmp_path / "c": b"c"})
+    assert done == ["fsync", "replace", "fsync", "fsync", "replace", "replace"]
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in "abc"} == {0o644}
+
+
+def test_digits_are_scaled_to_all_of_8_bits():
+    from sklearn.datasets import load_digits
+    found = utils._load_digits()[:, 0].numpy()
+    assert (found.min(), found.max()) == (0, 255) and np.array_equal(found, np.round(load_digits().images * 255 / 16))
+
+
+def test_convolutions_of_features_are_not_searched_for(monkeypatch):
+    """The fastest of a search differs from start to start, and with it the last bits."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with utils.exact_convolutions():
+        assert not cudnn.benchmark and not cudnn.allow_tf32
+    assert cudnn.benchmark
+
+
+def test_both_splits_together_decide_what_is_kept_in_memory(tmp_path):
+    for split, n in (("train", 5), ("test", 3)):
+        write_images(tmp_path / split, n, size=8)
+    whole = 8 * 3 * 8 ** 2 / 2 ** 30
+    for gib, kind in ((whole, utils.MemoryImages), (0.99 * whole, utils.StreamedImages)):
+        assert {type(images) for images in load_data(flags(tmp_path, cache_gb=gib), torch.device("cpu"))} == {kind}

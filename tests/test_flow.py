@@ -3,10 +3,12 @@
 Weights are perturbed first: at its identity initialisation a broken flow passes every check.
 """
 import copy
+import math
 
 import pytest
 import torch
 
+from models import vamp_flow
 from models.vamp_flow import BiCrossAttnFlow, check_flow, perturb_
 
 CASES = [  # length, seq_len, heads, layers, context_dim
@@ -198,3 +200,33 @@ def test_check_flow_catches_a_broken_flow(fault):
 def test_sizes_that_do_not_fit_are_refused_by_name(kwargs, name):
     with pytest.raises(ValueError, match=name):
         BiCrossAttnFlow(**{"dim": 16, "seq_len": 2, "embed_dim": 16, "heads": 2, **kwargs})
+
+
+def test_check_flow_looks_at_the_weights_as_they_are_too(monkeypatch):
+    def heal(probe, std, generator):
+        probe.couplings[1].fault = None
+        return perturb_(probe, std, generator)
+
+    monkeypatch.setattr(vamp_flow, "perturb_", heal)
+    flow = make().float()
+    flow.couplings[1] = Faulty(flow.couplings[1], "epsilon")
+    assert check_flow(flow)["inverse_error"] > 1e-6 and flow.couplings[1].fault == "epsilon"
+
+
+def test_check_flow_of_weights_that_are_no_numbers_is_infinitely_wrong():
+    flow = make().float()
+    with torch.no_grad():
+        flow.couplings[1].cond_a.head.bias[0] = math.nan
+    assert check_flow(flow)["inverse_error"] == math.inf
+
+
+def test_check_flow_checks_the_log_determinant_of_the_inverse_by_itself():
+    class Inverse(Faulty):
+        def inverse(self, z, context=None):
+            z, s = self.inner.inverse(z, context)
+            return z, 1.01 * s
+
+    flow = make().float()
+    flow.couplings[1] = Inverse(flow.couplings[1], None)
+    result = check_flow(flow)
+    assert result["log_det_error"] > 1e-6 and result["inverse_error"] < 1e-9

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import train
 from csv_analysis import sharpness
 from utils import UserError, write_json
 
@@ -300,3 +301,82 @@ def test_variants():
     # Every variant is one that train.py knows.
     for flags in choose().values():
         grid.parse_train_flags(flags)
+
+
+def some_pair(monkeypatch, variant="VAE", seed=7):
+    """A Pair of a model with a flow, of which nothing lies on the disk."""
+    monkeypatch.setattr(grid.Pair, "args", lambda _: {"flow_length": 2, "decode_from": "zK"})
+    args = argparse.Namespace(distance=["d", "{real}", "{fake}"], distance_key="fd", num_samples=4, do_pictures=False)
+    of = object.__new__(grid.Pair)
+    of.name, of.variant, of.seed, of.run, of.images = f"{variant}_s{seed}", variant, seed, Path("run"), Path("images")
+    of.grid = argparse.Namespace(args=args, real=lambda split: Path(f"real_{split}"), device="cpu", out=Path("out"),
+                                 sharpness_command=lambda *_: [], common=["--epochs", "3", "--prior", "mog"],
+                                 variants=grid.VARIANTS)
+    return of
+
+
+def flag(command, name):
+    return command[command.index(f"--{name}") + 1]
+
+
+def test_each_distance_is_of_the_folders_it_names(monkeypatch):
+    steps = {step: command for step, command, _ in some_pair(monkeypatch).later_steps()}
+    assert {step: command[1:] for step, command in steps.items() if step.startswith("fd_")} == {
+        "fd_samples": ["real_test", "images/samples"], "fd_recon": ["real_test", "images/reconstructions"],
+        "fd_train": ["real_train", "images/samples"], "fd_bypassed": ["real_test", "images/bypassed"]}
+    for step, folder, flow in (("export", "reconstructions", None), ("bypass", "bypassed", "bypassed")):
+        command = steps[step]
+        assert [flag(command, f"recon_{name}") for name in ("split", "latent", "dirname")] == ["test", "sample", folder]
+        assert flow is None or flag(command, "recon_flow") == flow
+
+
+def test_each_seed_and_variant_is_trained_and_sampled_as_such(monkeypatch):
+    for seed in (0, 7):
+        pair = some_pair(monkeypatch, "VAE", seed)
+        assert flag(pair.train_command(), "seed") == flag(pair.test_command(), "seed") == str(seed)
+        args = train.parse_args(pair.train_command()[2:])[0]
+        assert (args.seed, args.prior, args.flow_length, args.epochs, args.exp_name) == (seed, "standard", 0, 3, f"VAE_s{seed}")
+
+
+def test_variants_change_what_their_names_say():
+    plain = vars(train.parse_args([])[0])
+    changes = {name: {k: v for k, v in vars(train.parse_args(flags)[0]).items() if v != plain[k]}
+               for name, flags in (grid.VARIANTS | grid.NO_LPIPS).items()}
+    assert changes == {"VAE": {"prior": "standard", "flow_length": 0}, "VampVAE": {"flow_length": 0}, "CrossVampVAE": {},
+                       "amortised": {"flow_context": "encoder"}, "pushed": {"flow_prior": "pushed"}, "mog": {"prior": "mog"},
+                       "K10": {"num_components": 10}, "K500": {"num_components": 500}, "no_lpips": {"lpips_net": "none"}}
+
+
+def test_table_has_finished_pairs_only_variants_in_their_order_and_numbers_as_numbers(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    for variant, seed, finished in (("mog", 0, True), ("flow_16", 0, True), ("flow_4", 10, True), ("flow_4", 9, True),
+                                    ("VAE", 1, True), ("VAE", 0, False)):
+        write_json(tmp_path / f"pairs/{variant}_s{seed}.json", {"variant": variant, "seed": seed, "finished": finished})
+    assert [(r["variant"], r["seed"]) for r in grid.finished_pairs(tmp_path)] == [
+        ("VAE", 1), ("mog", 0), ("flow_4", 9), ("flow_4", 10), ("flow_16", 0)]
+
+
+def test_readers_table_has_mean_and_spread_under_each_heading(tmp_path):
+    columns = (*grid.HISTORY, "pixel_samples", "pixel_recon", "sharpness_ratio", "train_s", "parameters")
+    records = [{"variant": "VAE", "seed": seed, "flags": "", "common": "", "steps": {}, "num_samples": 1,
+                "machine": {"versions": {"torch": "2"}, "device_used": "cpu"},
+                "values": {name: 10.0 * i + seed for i, name in enumerate(columns)}} for seed in (0, 2)]
+    head, _, row, *_ = (line.strip("| ").split(" | ") for line in grid.markdown(grid.table_of(records), records, tmp_path)
+                        .splitlines())
+    assert row[:2] == ["VAE", "0 2"] and dict(zip(head[2:], row[2:])) == {
+        heading: f"{10 * columns.index(name) + 1} ± 1.4" for name, heading in {
+            **{n: grid.HEADINGS[n] for n in columns}, "val_loss": "val_loss", "val_recon": "reconstruction",
+            "val_kl_raw": "KL_Raw, nats", "pixel_samples": "pixel FD samples", "pixel_recon": "pixel FD reconstructions",
+            "sharpness_ratio": "sharpness / real", "train_s": "training, s", "parameters": "parameters"}.items()}
+
+
+def test_held_out_images_of_other_data_are_refused(tmp_path, monkeypatch):
+    pair = some_pair(monkeypatch)
+    pair.images, pair.grid.real = tmp_path, lambda split: tmp_path / split
+    for folder, data in (("test", "a"), ("reconstructions", "a")):
+        (tmp_path / folder).mkdir()
+        write_json(tmp_path / folder / "manifest.json", {"data": data})
+    pair.require_same_data()
+    write_json(tmp_path / "reconstructions/manifest.json", {"data": "b"})
+    with pytest.raises(UserError, match="not those of the rest of the grid"):
+        pair.require_same_data()

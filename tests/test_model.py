@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 from torch import distributions as D
 
@@ -236,6 +237,44 @@ def test_fixed_posterior_width_is_everyones():
             assert torch.allclose(logvar, torch.full_like(logvar, 2 * math.log(0.2)))
 
 
+def test_covariance_of_each_component_is_averaged_with_that_of_all_points_which_counts_as_d():
+    torch.manual_seed(0)
+    parts = torch.randn(30, 4).double() * 3, torch.randn(50, 4).double() + torch.tensor([100.0, 0, 0, 0])
+    z = torch.cat(parts)
+    mu, logvar, tril, log_w = fit_mixture(z, 2, 5, generator=torch.Generator().manual_seed(0))
+    order = mu[:, 0].argsort()
+    covariance = gaussians(mu, logvar, tril).covariance_matrix
+    for k, part in zip(order, parts):
+        n, total = len(part), z.T.cov(correction=0)
+        assert torch.allclose(covariance[k], (n * part.T.cov(correction=0) + 4 * total) / (n + 4), rtol=1e-3, atol=1e-3)
+        assert torch.allclose(mu[k], part.mean(0)) and log_w[k].item() == pytest.approx(math.log(n / 80))
+
+
+def test_em_starts_at_k_means_among_directions_seen_from_the_mean():
+    torch.manual_seed(0)
+    z = 5 + torch.randn(300, 3).double() * torch.where(torch.arange(300) < 5, 30.0, 1.0)[:, None]
+    log_w = fit_mixture(z, 3, 1, generator=torch.Generator().manual_seed(1))[3]
+    directions = torch.nn.functional.normalize(z - z.mean(0)).numpy()
+    first = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                       # that ten steps are not convergence
+        theirs = KMeans(3, init=directions[first], n_init=1, max_iter=10, tol=0).fit(directions)
+    assert log_w.exp().numpy() == pytest.approx(np.bincount(theirs.labels_) / 300)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_em_of_the_model_keeps_uniform_weights_and_takes_over_learned_ones(learned):
+    model = make(latent_dim=2, flow_length=0, num_components=2, mixture_weights="learned" if learned else "uniform", **FULL)
+    torch.manual_seed(0)
+    z = torch.cat([torch.randn(70, 2).double(), torch.randn(30, 2).double() + 2])
+    model.fit_mixture_(z, 5, torch.Generator().manual_seed(3))
+    mu, logvar, tril, log_w = fit_mixture(z, 2, 5, learned, generator=torch.Generator().manual_seed(3))
+    for found, wanted in ((model.prior_mu, mu), (model.prior_logvar, logvar), (model.prior_tril, tril),
+                          (model.log_weights(), log_w)):
+        assert torch.allclose(found, wanted)
+    assert (log_w.std() > 0.1) == learned
+
+
 # -- the KL -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kwargs", [dict(prior="standard", flow_length=0), dict(prior="standard"), {}, dict(prior="mog"),
@@ -369,6 +408,44 @@ def test_components_start_apart(prior):
     assert torch.cdist(mu, mu).fill_diagonal_(9).min() > 1e-3
 
 
+@pytest.mark.parametrize("kwargs", [dict(prior="mog", flow_length=0), dict(prior="mog", flow_prior="pushed", flow_seq_len=1),
+                                    dict(flow_length=0, **FULL)])
+def test_responsibilities_are_bayes_rule_with_the_learned_weights(kwargs):
+    model = make(latent_dim=2, mixture_weights="learned", perturb=0.5, **kwargs)
+    with torch.no_grad():
+        out = model.carry(*torch.randn(3, 20, 2).double())
+        latent = out.z0 if model.flow else out.zK
+        joint = gaussians(out.mu_k, out.logvar_k, model.prior_tril).log_prob(latent[:, None]) + model.log_weights()
+        found = model.responsibilities(out)
+        assert torch.allclose(found, torch.softmax(joint, 1), atol=1e-9)
+        assert model.log_weights().std() > 0.1 and found.amax(1).min() < 0.9
+
+
+def test_free_mixture_starts_as_wide_as_all_posteriors_together():
+    model = make(prior="mog", num_components=4)
+    x = images(4)
+    model.init_prior(x)
+    mu, logvar = model.encode(x)
+    assert torch.allclose(model.prior_mu, mu)
+    assert torch.allclose(model.prior_logvar.exp(), (logvar.exp().mean(0) + mu.var(0, unbiased=False)).expand(4, -1))
+    assert mu.var(0).mean() > 1e-3 * logvar.exp().mean()
+
+
+def test_log_prior_of_a_pushed_mixture_has_its_learned_weights_and_covariances():
+    model = make(latent_dim=4, flow_prior="pushed", mixture_weights="learned", perturb=0.3, **FULL)
+    with torch.no_grad():
+        out = model.carry(*torch.randn(3, 20, 4).double())
+        mixture = torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(logits=model.prior_logits), gaussians(out.mu_k, out.logvar_k, model.prior_tril))
+        wanted = mixture.log_prob(out.z0) - out.log_det
+        assert torch.allclose(model.log_prior(out.zK), wanted) and torch.allclose(model.kl_terms(out).log_p, wanted)
+
+
+def test_fixed_posterior_width_is_not_clamped():
+    logvar = make(posterior_std=1e-4, perturb=0.0).encode(images())[1]
+    assert torch.allclose(logvar, torch.full_like(logvar, 2 * math.log(1e-4)))
+
+
 # -- generation -------------------------------------------------------------------------------------------------------
 
 def test_samples_of_the_default_prior_are_the_mixture_and_skip_the_flow():
@@ -418,6 +495,23 @@ def test_posterior_means_are_float32_under_autocast():
     assert mu.dtype == torch.float32
     torch.testing.assert_close(mu, torch.nn.functional.linear(h.float().flatten(1), model.encoder.head.weight,
                                                               model.encoder.head.bias)[:, :4])
+
+
+def test_flow_of_the_model_has_the_sizes_asked_for():
+    model = make(scale_bound=0.7, flow_mlp_ratio=3, perturb=3.0)
+    with torch.no_grad():
+        scales = model.flow.transform(torch.randn(50, 8).double())[1]
+    assert 0.6 < scales.abs().max() <= 0.7 == model.flow.scale_bound
+    assert {b.mlp[0].out_features for c in model.flow.couplings for b in c.cond_a.blocks} == {3 * 16}
+    assert len(model.flow.couplings) == 3
+
+
+def test_reconstructions_of_an_amortised_flow_go_through_each_images_own_flow():
+    model, x = make(flow_context="encoder", perturb=0.3), images()
+    with torch.no_grad():
+        mu, _, context = model.posterior(x)
+        wanted, other = (model.decode(model.flow(mu, c)[0]) for c in (context, context.flip(0)))
+        assert torch.allclose(model.reconstruct(x), wanted) and not torch.allclose(wanted, other, atol=1e-4)
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------

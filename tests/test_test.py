@@ -521,6 +521,40 @@ def test_part_of_the_reconstructions_is_spread_over_the_split(checkpoint, data, 
     assert torch.equal(read(data / "recon_cifar")[0], script.reconstruct(model, data_set(data)[0].images[::12]))
 
 
+def exports(checkpoint, sets, *flags, identity="a"):
+    """{kind: Export} of a checkpoint."""
+    model, _ = load_model(checkpoint, "cpu")
+    args = script.build_parser().parse_args([
+        "--resume", str(checkpoint), "--export_dir", "out", "--do_recon", "True", "--recon_latent", "sample",
+        "--num_samples", "30", "--num_real", "17", "--num_recon", "23", "--gen_batch_size", "7", *map(str, flags)])
+    return {e.flag.removeprefix("--").removesuffix("_dirname"): e for e in
+            script.plan_exports(args, model, sets, {"checkpoint": identity})}
+
+
+def test_an_export_that_goes_on_makes_the_images_that_the_whole_one_makes(checkpoint, data):
+    sets = dict(zip(("train", "test"), data_set(data)))
+    for kind, export in exports(checkpoint, sets).items():
+        whole, end = (torch.cat(list(export.batches(start, export.count))).int() for start in (0, 11))
+        assert len(whole) == export.count == {"real": 17, "fake": 30, "recon": 23}[kind]
+        assert (whole[11:] - end).abs().max() <= 1, kind       # batches of another size round otherwise
+
+
+def test_manifest_says_all_that_its_images_depend_on(checkpoint, data):
+    sets = dict(zip(("train", "test"), data_set(data)))
+    before = exports(checkpoint, sets)
+    other = {split: MemoryImages(255 - whole.images) for split, whole in sets.items()}
+    for flags, more, changed in (
+            (["--seed", 1], {}, {"fake", "recon"}), (["--temperature", 0.5], {}, {"fake"}), ([], {"identity": "b"},
+                                                                                           {"fake", "recon"}),
+            (["--recon_latent", "mean"], {}, {"recon"}), (["--recon_flow", "bypassed"], {}, {"recon"}),
+            (["--recon_split", "test"], {}, {"recon"}), (["--real_split", "test"], {}, {"real"}),
+            (["--num_real", 9], {}, {"real"}), (["--gen_batch_size", 5], {}, set())):
+        after = exports(checkpoint, sets, *flags, **more)
+        assert {kind for kind in before if before[kind].manifest != after[kind].manifest} == changed, flags
+    after = exports(checkpoint, other)
+    assert {kind for kind in before if before[kind].manifest != after[kind].manifest} == {"real", "recon"}
+
+
 # -- variants of the model --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, space", [

@@ -464,6 +464,17 @@ def test_resuming_into_another_folder_copies_the_best_and_spares_a_run_there(dat
     main(monkeypatch, tmp_path, "--resume", last)
 
 
+def test_checkpoints_and_self_checks_come_when_they_are_due(data, monkeypatch, tmp_path):
+    saved, checked = [], []
+    monkeypatch.setattr(train.Trainer, "save", lambda trainer: saved.append(trainer.epoch))
+    monkeypatch.setattr(train, "self_check", lambda model: checked.append(len(saved)))
+    for seconds, due in ((0, [2, 4, 5]), (1e9, [5])):
+        main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 5, "--save_every", 2,
+             "--save_every_s", seconds, "--check_every", 2, "--exp_name", seconds)
+        assert saved == due and len(checked) == 3             # at the start, after two epochs and after four
+        saved.clear(), checked.clear()
+
+
 def test_interrupt_saves_and_says_how_to_resume(data, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *data, "--epochs", "100000", "--save_every_s", "1000",
                                 "--exp_name", "i"],
@@ -1001,6 +1012,20 @@ def test_posteriors_too_large_for_the_device_stay_on_the_cpu(monkeypatch):
     for gib in (7 * 2 * 4 * 4 / 2 ** 30, 7 * 2 * 4 * 4 / 2 ** 30 - 1e-9):
         train.encode_all(argparse.Namespace(flip=False, img_size=8, cache_gb=gib), model, images, device)
     assert places[0] is device and places[1] == "cpu" and places[1] is not device
+
+
+def test_a_mixture_that_goes_on_is_not_started_again(data, monkeypatch, tmp_path):
+    start, started = train.start_prior, []
+    monkeypatch.setattr(train, "start_prior", lambda *args: started.append(1) or start(*args))
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--prior", "mog"]
+    main(monkeypatch, tmp_path, *flags, "--decode_from", "z0", "--exp_name", "first")
+    first = tmp_path / "results/first/last.pth"
+    main(monkeypatch, tmp_path, *flags, "--fit_prior", first, "--lr", 1e-7, "--exp_name", "on")
+    assert len(started) == 1
+    before, after = weights(first)["ema"], weights(tmp_path / "results/on/last.pth")["model"]
+    assert all((before[name] - after[name]).abs().max() < 1e-5 for name in before)
+    main(monkeypatch, tmp_path, *flags, "--fit_prior", first, "--flow_embed_dim", 16, "--exp_name", "anew")
+    assert len(started) == 2
 
 
 # -- spikes, extremes, determinism --------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """The parts of train.py by themselves: schedules, step, epoch, loss, held-out measures, pictures. No whole run."""
+import argparse
 import math
 import types
 
@@ -12,10 +13,12 @@ import utils
 from models.vamp_flow import CrossFlowVampVAE, perturb_
 from utils import (
     MemoryImages,
+    UserError,
     frechet_distance,
     generate_images,
     image_grid,
     mean_and_covariance,
+    save_checkpoint,
     seeded,
     to_float,
     to_uint8,
@@ -188,3 +191,167 @@ def test_what_defines_the_result_may_not_differ_on_resuming():
              "recon_loss", "balance", "pseudo_init", "fid_samples", "fid_dims", "val_images", *train.model_args_of(
                  make_trainer().args)}
     assert names & train.MAY_DIFFER == set()
+
+
+def test_defaults_are_the_published_recipe_and_presets_what_the_readme_trained():
+    plain = vars(train.parse_args([])[0])
+    assert plain.items() >= dict(
+        latent_dim=128, hidden_dims=[64, 128, 256, 512], blocks_per_stage=1, prior="vamp", num_components=100,
+        pseudo_init="data", pseudo_noise=0.05, flow_length=8, flow_seq_len=8, flow_embed_dim=128, flow_heads=4, flow_layers=2,
+        flow_mlp_ratio=4, flow_prior="unflowed", flow_context="none", decode_from="zK", scale_bound=2.0,
+        logvar_clamp=[-10.0, 10.0],
+        recon_loss="l1", lpips_net="vgg", lpips_weight=100.0, balance=0.0, beta_max=0.2, warmup_epochs=20, free_bits=0.5,
+        epochs=1000, batch_size=128, lr=1e-4, lr_min=0.0, weight_decay=1e-4, adam_betas=[0.9, 0.999], grad_clip=5000.0,
+        skip_grad_norm=0.0, ema_decay=0.999, fid_every=10, fid_samples=10000, fid_dims=2048, val_images=0, seed=0).items()
+    demo, gmm = train.DEMO, train.PRESETS["gmm"]
+    assert (demo["lr"], demo["beta_max"], demo["free_bits"], demo["ema_decay"], demo["epochs"]) == (2e-3, 0.4, 0.0, 0.99, 30)
+    assert train.PRESETS["best"] == dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0,
+                                         hidden_dims=[64, 128, 256])
+    assert (gmm["num_components"], gmm["beta_max"], gmm["epochs"], gmm["flow_length"]) == (30, 1.0, 4, 0)
+
+
+def test_only_a_demo_without_a_name_or_place_of_its_own_overwrites():
+    for flags in ([], ["--exp_name", "x"], ["--save_dir", "x"], ["--resume", "auto"]):
+        assert bool(train.parse_args(["--demo", *flags])[0].overwrite) == (not flags), flags
+
+
+def test_a_resumed_run_takes_over_all_that_is_not_the_machines_or_the_invocations():
+    machine = {"device", "compile", "cuda_graph", "fused_flow", "channels_last"}
+    invocation = {"exp_name", "save_dir", "resume", "overwrite", "stop_epoch", "demo"}
+    assert train.NOT_INHERITED == machine | invocation <= train.MAY_DIFFER
+
+
+def test_mean_gradient_norm_is_of_the_steps_that_were_taken(monkeypatch):
+    trainer, norms = make_trainer("--skip_grad_norm", 10), iter([1.0, 100.0, 3.0, 50.0])
+    monkeypatch.setattr(trainer, "gradient_norm", lambda: torch.tensor(next(norms)))
+    means, _ = train.train_epoch(trainer, MemoryImages(images(32)), False, NO_STOP)
+    assert (means["grad_norm"], means["skipped"]) == (2, 2)
+
+
+@pytest.mark.parametrize("name", sorted({*train.TERMS} - {"under_floor", "skipped"}))
+def test_a_term_that_is_no_number_is_named(name, tmp_path):
+    trainer = make_trainer(folder=tmp_path)
+    for step in (1.0, 2.0):
+        trainer.count({term: torch.tensor(math.nan if (term, step) == (name, 2) else 1.0) for term in train.TERMS},
+                      torch.tensor(step))
+    with pytest.raises(UserError, match=f"^{name} became NaN or infinite at epoch 1, step 2"):
+        trainer.read()
+
+
+def test_log_line_shows_the_columns_it_names():
+    args = train.parse_args(["--epochs", "9", "--skip_grad_norm", "1"])[0]
+    row = {column: float(i) for i, column in enumerate(train.COLUMNS, 1)}
+    *parts, speed = train.log_line(args, row).split(" | ")
+    assert {name: float(value) for name, value in (part.rsplit(" ", 1) for part in parts[1:])} == {
+        name: row[column] for name, column in (
+            ("beta", "beta"), ("lr", "lr"), ("train_loss", "train_loss"), ("val_loss", "val_loss"), ("pixel", "recon"),
+            ("LPIPS", "lpips"), ("KL_Raw", "kl_raw"), ("log_det", "log_det"), ("active", "active_units"),
+            ("components", "effective_components"), ("skipped", "skipped_steps"), ("FID", "fid"))}
+    assert parts[0] == "epoch 1.0/9" and speed == f"{row['img_per_s']:.0f} img/s"
+
+
+def test_columns_of_an_epoch_are_the_means_they_name():
+    trainer = make_trainer("--lpips_net", "squeeze")
+    means = {term: float(i) for i, term in enumerate(train.TERMS, 1)}
+    row = train.epoch_row(trainer, means, 77.0)
+    other = {"train_loss": "loss", "recon": "pixel", "lpips": "LPIPS", "kl_raw": "KL_Raw", "kl_optim": "KL_optim",
+             "floor_share": "under_floor", "skipped_steps": "skipped"}
+    same = ("log_q0", "log_det", "log_p", "balance", "grad_norm")
+    assert {column: row[column] for column in (*other, *same)} == {
+        **{column: means[term] for column, term in other.items()}, **{term: means[term] for term in same}}
+    assert (row["epoch"], row["img_per_s"], row["lr"]) == (1, 77, 1e-4)
+
+
+def test_loss_parts_are_means_over_the_batch():
+    trainer = make_trainer("--balance", 1, "--prior", "mog", "--mixture_weights", "learned")
+    out = trainer.model(to_float(images(6)))
+    parts, usage = train.loss_parts(trainer.args, trainer.model, None, to_float(images(6)), out)
+    terms = trainer.model.kl_terms(out)
+    for name, term in (("KL_Raw", "kl"), ("log_q0", "log_q0"), ("log_det", "log_det"), ("log_p", "log_p")):
+        assert torch.allclose(parts[name], getattr(terms, term).mean()) and getattr(terms, term).std() > 1e-3
+    assert torch.allclose(usage, trainer.model.responsibilities(out).mean(0))
+
+
+def test_a_wrong_flow_stops_the_run(monkeypatch):
+    model, good = make_trainer().model, {"inverse_error": 1e-9, "log_det_error": 1e-9, "layer": 0, "scale_std": 0.1}
+    train.self_check(model)
+    for bad in ({"inverse_error": 2e-6}, {"log_det_error": 2e-6}, {"scale_std": 0.0}, {"inverse_error": float("inf")}):
+        monkeypatch.setattr(train, "check_flow", lambda flow, bad=bad: good | bad)
+        with pytest.raises(UserError, match="the flow fails its self-check"):
+            train.self_check(model)
+
+
+def test_pictures_are_due_every_so_many_epochs_and_at_the_end():
+    trainer, due = make_trainer("--sample_every", 3, "--epochs", 8), []
+    for step in range(33):
+        trainer.epoch, trainer.step = step // 4, step
+        due += [step] * bool(train.pictures_due(trainer))
+    assert due == [12, 24, 32]
+
+
+def test_nothing_of_an_old_run_is_left_beside_a_new_one(tmp_path):
+    theirs = ["last.pth", "best_fid.pth", "step_000000005.pth", "args.json", "history.csv", "train_log.txt", "curves.png",
+              "samples/recon_0010.png", "tensorboard/events.out.1"]
+    kept = {"notes.txt", "test/diagnostics.json"}
+    for name in [*theirs, *kept]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    train.remove_old_run(tmp_path)
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == kept
+
+
+# -- the second stage --------------------------------------------------------------------------------------------------
+
+def first_stage(tmp_path, *flags):
+    trainer = make_trainer("--decode_from", "z0", *flags)
+    save_checkpoint(tmp_path / "first.pth", trainer.state())
+    return trainer
+
+
+def read(tmp_path, *flags):
+    args, given = train.parse_args(["--fit_prior", str(tmp_path / "first.pth"), *map(str, flags)])
+    return args, train.read_first_stage(args, given)
+
+
+ODD = {"split_seed": 3, "cache_gb": 1.5, "lpips_weight": 7.0, "lpips_linear": False, "fid_samples": 50, "fid_dims": 64,
+       "posterior_std": 0.3, "logvar_clamp": [-3.0, 4.0], "blocks_per_stage": 0, "scale_bound": 1.5, "flow_heads": 4,
+       "flow_mlp_ratio": 2, "num_components": 6, "mixture_weights": "learned", "prior": "mog"}
+
+
+def test_second_stage_takes_over_what_the_first_was_made_with(tmp_path):
+    first = first_stage(tmp_path, *(str(x) for name, value in ODD.items()
+                                    for x in (f"--{name}", *(value if isinstance(value, list) else [value]))))
+    args, stage = read(tmp_path)
+    assert {name: getattr(args, name) for name in ODD} == ODD
+    assert (args.free_bits, args.warmup_epochs) == (0, 0)
+    args.flip = first.args.flip
+    assert {**train.model_args_of(args), "perm_seed": 0} == train.model_args_of(first.args)
+    assert stage.prior and stage.flow_length == 2
+    for flags in (["--scale_bound", 3], ["--flow_heads", 2], ["--flow_mlp_ratio", 4], ["--mixture_weights", "uniform"],
+                  ["--num_components", 5], ["--prior", "vamp"]):
+        _, stage = read(tmp_path, *flags)
+        assert not stage.prior and f"starts anew, not from the first stage's: {flags[0]} {flags[1]}" in stage.note, flags
+    for flags in (["--posterior_std", 0.2], ["--logvar_clamp", -3, 5], ["--blocks_per_stage", 1]):
+        with pytest.raises(UserError, match=f"{flags[0]} .*first.pth has"):
+            read(tmp_path, *flags)
+    assert (read(tmp_path, "--warmup_epochs", 2)[0].warmup_epochs, read(tmp_path, "--free_bits", 1)[0].free_bits) == (2, 1)
+
+
+def test_em_sees_posterior_samples_of_images_and_their_mirror_images_where_the_mixture_lives(monkeypatch):
+    torch.manual_seed(0)
+    model = CrossFlowVampVAE(3, 8, 4, (8,), num_components=3, flow_length=1, flow_seq_len=1, flow_embed_dim=8, flow_heads=2,
+                             flow_layers=1, decode_from="z0", prior="mog", mixture_covariance="full")
+    perturb_(model, 0.2, torch.Generator().manual_seed(0))
+    stock, calls = torch.randn(30, 2, 4, 2), []
+    stock[:, 1] = -30                                         # no noise to speak of
+    monkeypatch.setattr(model, "fit_mixture_", lambda points, steps, *_: calls.append((points, steps)))
+    train.start_mixture(argparse.Namespace(seed=0), model, MemoryImages(stock))
+    (points, steps), = calls
+    with torch.no_grad():
+        wanted = model.flow(stock[:, 0].transpose(1, 2).flatten(0, 1))[0]
+    assert steps == 20 and points.shape == (60, 4) and not torch.allclose(wanted, stock[:, 0].transpose(1, 2).flatten(0, 1))
+    distance = (points[:, None] - wanted).abs().amax(2)
+    assert distance.amin(0).max() < 1e-4 and distance.amin(1).max() < 1e-4
+    stock[:, 1] = 2 * torch.tensor(0.5).log()
+    train.start_mixture(argparse.Namespace(seed=0), model, MemoryImages(stock))
+    assert (calls[1][0][:, None] - wanted).abs().amax(2).min() > 1e-3
