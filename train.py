@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import inspect
 import math
 import os
 import platform
@@ -481,7 +482,7 @@ def build_lpips(net, linear, device, shape, memory_format=torch.contiguous_forma
 
 
 def reconstruction_error(args, lpips, x, recon):
-    """Means over the batch of the pixels' error, summed over those of an image, and of LPIPS, 0 where it is off."""
+    """(pixel, LPIPS), means over the batch: the --recon_loss summed over an image's pixels; LPIPS, 0 where it is off."""
     recon = recon.float()
     difference = (recon - x).abs() if args.recon_loss == "l1" else (recon - x).square()
     pixel = difference.sum((1, 2, 3)).mean()
@@ -1311,22 +1312,26 @@ def remove_old_run(folder):
 
 
 class Unbreakable:
-    """A stream that may lose its reader: of `python train.py 2>&1 | tee log` Ctrl-C ends tee too, and neither the progress
-    bar nor a message may keep the run from saving."""
+    """A stream into a pipe that may lose its reader: in `python train.py 2>&1 | tee log` Ctrl-C ends tee too. What finds no
+    reader is dropped, so that the run can save, and lost() is called."""
 
-    def __init__(self, stream):
-        self.stream = stream
+    def __init__(self, stream, lost=lambda: None):
+        self.stream, self.lost = stream, lost
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(BrokenPipeError):
+        try:
             return self.stream.write(text)
+        except BrokenPipeError:
+            self.lost()
 
     def flush(self):
-        with contextlib.suppress(BrokenPipeError):
+        try:
             self.stream.flush()
+        except BrokenPipeError:
+            self.lost()
 
 
 class StopRequest:
@@ -1348,6 +1353,10 @@ class StopRequest:
         self.signum, self.when = signum, time.monotonic()
         if is_main():
             print(f"\n{signal.Signals(signum).name}: finishing the step and saving", file=sys.stderr)
+
+    def nobody_reads(self):
+        """The reader of the output has gone, as `head` does: the run ends as by a signal, and saves."""
+        self.signum = self.signum or 13                       # SIGPIPE, which Windows has no name for
 
     def agreed(self):
         """The signal, if any of the processes got one; they must all call this at the same point."""
@@ -1389,12 +1398,13 @@ FID         {fid}""")
 
 
 def main():
-    with contextlib.ExitStack() as stack:                     # lets go of the run's folder and of stderr, whatever happens
+    with contextlib.ExitStack() as stack:                     # lets go of the run's folder and the streams, whatever happens
         train(stack)
 
 
 def settle(args, device):
-    """What follows from the device for torch, and for the flags that leave it open. Returns whether bf16 autocast is used."""
+    """Set torch up as the flags say (threads, determinism, seed), and decide for this device on channels_last and cuda_graph,
+    in args, and on bf16 autocast: returned. Raises UserError where the device lacks it."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.amp == "bf16" and device.type == "mps":
@@ -1469,6 +1479,7 @@ def train(stack):
     if batch_size % process_count():
         raise UserError(f"--batch_size: {batch_size} images a step cannot be shared equally by {process_count()} processes")
     folder = writable_folder(args.save_dir, "--save_dir") / args.exp_name
+    gather(None)                                              # all have seen the run's folder before one of them writes to it
     if is_main():
         stack.enter_context(lock_folder(folder, "--exp_name"))
         if files_of_run(folder) != seen:
@@ -1509,15 +1520,18 @@ def train(stack):
         trainer.network = PriorFit(model)
         posteriors = encode_all(args, model, data, device) if posteriors is None else posteriors
     training_set = posteriors if args.fit_prior else data
-    stop = StopRequest()
     stack.enter_context(contextlib.redirect_stderr(Unbreakable(sys.stderr)))
+    stop = StopRequest()
+    stack.enter_context(contextlib.redirect_stdout(Unbreakable(sys.stdout, stop.nobody_reads)))
     speed_up(trainer, torch.zeros(batch_size // process_count(), *training_set.shape, device=device,
                                   dtype=torch.float32 if args.fit_prior else torch.uint8),
              amp, args.fused_flow, args.compile, args.cuda_graph)
     if process_count() > 1:
-        trainer.network = torch.nn.parallel.DistributedDataParallel(
+        parallel = torch.nn.parallel.DistributedDataParallel
+        new = "forward_sync_buffers" in inspect.signature(parallel).parameters
+        trainer.network = parallel(                       # the only buffers are the flow's permutations, which are constant
             trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-            broadcast_buffers=False)                      # the only ones are the flow's permutations, which are constant
+            **{"forward_sync_buffers" if new else "broadcast_buffers": False})
     if is_main():
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device),

@@ -106,6 +106,12 @@ def run(main):
         message = f"{os.fsdecode(e.filename or 'writing')}: {ERRNO_HINTS[e.errno]}"
     except SystemExit as e:
         code = e.code
+        for stream in (sys.stdout, sys.stderr):           # what their reader has left would change the code at the very end
+            try:
+                if stream is not None:
+                    stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

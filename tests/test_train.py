@@ -369,25 +369,29 @@ def test_run_stopped_in_mid_epoch_resumes_to_the_same_bits(data, monkeypatch, tm
     assert_same_run(tmp_path / "results/whole", tmp_path / "results/parts")
 
 
-def test_interrupt_that_ends_the_reader_of_the_output_too_is_saved(data, monkeypatch, tmp_path):
-    """Of `python train.py 2>&1 | tee log` Ctrl-C ends tee as well: no message and no progress bar has a reader any more."""
-    step, bars = train.train_step, train.tqdm
+@pytest.mark.parametrize("signum, step", [(signal.SIGINT, 2), (signal.SIGPIPE, 5)])
+def test_a_run_without_a_reader_of_its_output_is_saved(signum, step, data, monkeypatch, tmp_path):
+    """In `python train.py 2>&1 | tee log` Ctrl-C ends tee as well. Without a signal, as with head, the first line that finds
+    no reader, that of the epoch, ends the run."""
+    train_step, bars = train.train_step, train.tqdm
     read, write = os.pipe()
 
     def step_then_signal(trainer, *rest):
-        step(trainer, *rest)
+        train_step(trainer, *rest)
         if trainer.step == 2:
             os.close(read)
-            os.kill(os.getpid(), signal.SIGINT)
+            if signum == signal.SIGINT:
+                os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(train, "train_step", step_then_signal)
     monkeypatch.setattr(train, "tqdm", lambda *args, **kwargs: bars(*args, **{**kwargs, "delay": 0, "mininterval": 0}))
     with io.TextIOWrapper(open(write, "wb", buffering=0), write_through=True) as stream:
         monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(SystemExit) as stop:
-            main(monkeypatch, tmp_path, *data, "--epochs", 2, "--no-tensorboard", "--exp_name", "t")
-        assert sys.stderr is stream
-    assert stop.value.code == 128 + signal.SIGINT and weights(tmp_path / "results/t/last.pth")["step"] == 2
+            main(monkeypatch, tmp_path, *data, "--epochs", 3, "--no-tensorboard", "--save_every", 3, "--exp_name", "t")
+        assert sys.stderr is sys.stdout is stream
+    assert stop.value.code == 128 + signum and weights(tmp_path / "results/t/last.pth")["step"] == step
 
 
 def test_run_stopped_in_its_evaluation_evaluates_again(data, monkeypatch, tmp_path):
@@ -465,14 +469,15 @@ def test_resuming_into_another_folder_copies_the_best_and_spares_a_run_there(dat
 
 
 def test_checkpoints_and_self_checks_come_when_they_are_due(data, monkeypatch, tmp_path):
-    saved, checked = [], []
+    saved, checked, epochs = [], [], []
     monkeypatch.setattr(train.Trainer, "save", lambda trainer: saved.append(trainer.epoch))
-    monkeypatch.setattr(train, "self_check", lambda model: checked.append(len(saved)))
+    monkeypatch.setattr(train, "write_epoch", lambda trainer, *_: epochs.append(trainer.epoch))
+    monkeypatch.setattr(train, "self_check", lambda model: checked.append(len(epochs)))
     for seconds, due in ((0, [2, 4, 5]), (1e9, [5])):
         main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 5, "--save_every", 2,
              "--save_every_s", seconds, "--check_every", 2, "--exp_name", seconds)
-        assert saved == due and len(checked) == 3             # at the start, after two epochs and after four
-        saved.clear(), checked.clear()
+        assert saved == due and checked == [0, 2, 4]
+        saved.clear(), checked.clear(), epochs.clear()
 
 
 def test_interrupt_saves_and_says_how_to_resume(data, tmp_path):

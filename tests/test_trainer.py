@@ -92,8 +92,21 @@ def test_images_a_second_count_the_steps_that_were_made(monkeypatch):
     trainer, data = make_trainer(steps=5), MemoryImages(images(40))
     clock = iter([0.0, 2.0])
     trainer.step = 3                                          # resumed: two steps are left
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock, 2.0))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: next(clock, 2.0)))
     assert train.train_epoch(trainer, data, False, NO_STOP)[1] == pytest.approx(2 * 8 / 2.0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_makes_a_step_faster_comes_in_its_order(processes, monkeypatch):
+    done, trainer = [], make_trainer()
+    for name in ("fuse_flow", "round_together", "compile_step", "record_step"):
+        monkeypatch.setattr(train, name, lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(train, "process_count", lambda: processes)
+    train.speed_up(trainer, images(8), True, True, True, True)
+    assert done == ["fuse_flow", *["round_together"] * (processes == 1), "compile_step", "record_step"]
+    done.clear()
+    train.speed_up(trainer, images(8), False, False, False, False)
+    assert done == []
 
 
 def test_objective_is_what_the_readme_says():
