@@ -1105,11 +1105,6 @@ def train_epoch(trainer, data, amp, stop):
     return means | {"skipped": round(sums["skipped"])}, speed
 
 
-def images_at_a_time(img_size):
-    """How many images fit where no gradient is kept: 500 of 32x32, fewer of larger ones."""
-    return max(1, min(500, 500 * 32 ** 2 // max(img_size, 1) ** 2))
-
-
 def epoch_row(trainer, means, speed):
     """The columns of an epoch that its training steps make, from what train_epoch returns; the others are None."""
     args = trainer.args
@@ -1122,6 +1117,11 @@ def epoch_row(trainer, means, speed):
                skipped_steps=means["skipped"], img_per_s=speed,
                **{k: means[k] for k in ("log_q0", "log_det", "log_p", "balance", "grad_norm")})
     return row
+
+
+def images_at_a_time(img_size):
+    """How many images fit where no gradient is kept: 500 of 32x32, fewer of larger ones."""
+    return max(1, min(500, 500 * 32 ** 2 // max(img_size, 1) ** 2))
 
 
 class Stopped(Exception):

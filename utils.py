@@ -81,6 +81,11 @@ ERRNO_HINTS = {
 }
 
 
+def _write_nowhere(stream):
+    """What a stream has left for a reader that is gone would make the interpreter complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run(main):
     """Call main(); errors of the user become one line and exit code 2, errors of ours stay tracebacks."""
     for stream in (sys.stdout, sys.stderr):               # a file name need not be text
@@ -97,7 +102,7 @@ def run(main):
         try:
             print(flush=True)                             # is it that pipe?
         except BrokenPipeError:                           # its reader has gone, as `head` does when it has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the interpreter complains at its end
+            _write_nowhere(sys.stdout)
             sys.exit(141)
         raise
     except OSError as e:
@@ -106,12 +111,11 @@ def run(main):
         message = f"{os.fsdecode(e.filename or 'writing')}: {ERRNO_HINTS[e.errno]}"
     except SystemExit as e:
         code = e.code
-        for stream in (sys.stdout, sys.stderr):           # what their reader has left would change the code at the very end
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             try:
-                if stream is not None:
-                    stream.flush()
+                stream.flush()
             except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                _write_nowhere(stream)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -381,6 +381,16 @@ def test_each_distinct_image_passes_the_network_once(tmp_path):
     assert np.array_equal(table[rows[1]], PooledPixels()(decode_images(surveys[1].paths)).numpy())
 
 
+def run_pr(monkeypatch, real, fake, *more):
+    """The command line with PooledPixels as the network of FID: the --fid_dims asked for, and what was written."""
+    seen, out = [], real.parent / "out.json"
+    monkeypatch.setattr(PR_Calculate, "InceptionFeatures", lambda device, dims, **_: seen.append(dims) or PooledPixels())
+    monkeypatch.setattr(sys, "argv", ["PR_Calculate.py", "--real_dir", str(real), "--fake_dir", str(fake), "--device", "cpu",
+                                      "--pca_dim", "0", "--out", str(out), *map(str, more)])
+    PR_Calculate.main()
+    return seen, json.loads(out.read_text())
+
+
 def test_pixels_name_a_folder_by_its_content_and_sizes_that_differ_are_said(tmp_path, monkeypatch, capsys):
     for name, size, seed in (("a", 8, 0), ("b", 8, 1), ("small", 4, 0)):
         write_images(tmp_path / name, 5, size=size, seed=seed)
@@ -389,11 +399,8 @@ def test_pixels_name_a_folder_by_its_content_and_sizes_that_differ_are_said(tmp_
     pixels = {name: PR_Calculate.describe_folder(PR_Calculate.survey_folder(tmp_path / name, "--real_dir"))["pixels"]
               for name in ("a", "b", "c")}
     assert pixels["a"] == pixels["c"] != pixels["b"]
-    monkeypatch.setattr(PR_Calculate, "InceptionFeatures", lambda *args, **kwargs: PooledPixels())
     for fake in ("b", "small"):
-        monkeypatch.setattr(sys, "argv", ["PR_Calculate.py", "--real_dir", str(tmp_path / "a"), "--fake_dir",
-                                          str(tmp_path / fake), "--device", "cpu", "--pca_dim", "0", "--nearest_k", "3"])
-        PR_Calculate.main()
+        run_pr(monkeypatch, tmp_path / "a", tmp_path / fake, "--nearest_k", 3)
         assert ("--real_dir has images of 8x8 pixels, --fake_dir of 4x4" in capsys.readouterr().err) == (fake == "small")
 
 
@@ -515,23 +522,13 @@ def test_cached_features_of_another_network_are_not_taken(tmp_path):
         assert network.seen == 5
 
 
-def run_pr(monkeypatch, tmp_path, *more):
-    seen = []
-    monkeypatch.setattr(PR_Calculate, "InceptionFeatures", lambda device, dims, **_: seen.append(dims) or PooledPixels())
-    monkeypatch.setattr(sys, "argv", ["PR_Calculate.py", "--real_dir", str(tmp_path / "real"), "--fake_dir",
-                                      str(tmp_path / "fake"), "--device", "cpu", "--pca_dim", "0", "--out",
-                                      str(tmp_path / "o.json"), *map(str, more)])
-    PR_Calculate.main()
-    return seen, json.loads((tmp_path / "o.json").read_text())
-
-
 def test_command_line_passes_seed_and_features_on_and_counts_every_image(tmp_path, monkeypatch):
-    write_images(tmp_path / "real", 20, size=8)
-    write_images(tmp_path / "fake", 20, size=8, seed=1)
-    pixels = [run_pr(monkeypatch, tmp_path, "--num_images", 8, "--seed", s)[1]["protocol"]["real"]["pixels"] for s in (0, 1, 0)]
+    folders = write_images(tmp_path / "real", 20, size=8), write_images(tmp_path / "fake", 20, size=8, seed=1)
+    written = [run_pr(monkeypatch, *folders, "--num_images", 8, "--seed", s)[1] for s in (0, 1, 0)]
+    pixels = [w["protocol"]["real"]["pixels"] for w in written]
     assert pixels[0] == pixels[2] != pixels[1]
     shutil.copy(tmp_path / "fake/00001.png", tmp_path / "fake/00002.png")
-    dims, written = run_pr(monkeypatch, tmp_path)
+    dims, written = run_pr(monkeypatch, *folders)
     assert dims == [2048]
     assert [written["protocol"]["fake"][k] for k in ("images", "distinct_images")] == [20, 19]
 
