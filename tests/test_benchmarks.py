@@ -2,7 +2,10 @@
 import importlib.util
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,3 +139,28 @@ def test_accuracy_of_the_stand_in_is_of_held_out_images(tmp_path, monkeypatch, c
     stand_in.main()
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["held_out_accuracy"], line["images"]) == (0.875, 8)
+
+
+def test_all_that_needs_a_gpu_in_one_command(tmp_path):
+    """With a stand-in for Python: every step is run and leaves its files, one that fails is named, and the others go on."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/usr/bin/env bash\necho "$@"\necho "a word" >&2\n[[ "$*" != *bench_fid* ]]\n')
+    python.chmod(0o755)
+
+    def gpu(*arguments):
+        return subprocess.run(["bash", FOLDER / "gpu.sh", tmp_path / "out", *arguments], capture_output=True, text=True,
+                              env=os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"})
+
+    unknown = gpu("fid", "nothing")
+    assert unknown.returncode == 2 and unknown.stderr.startswith("no step nothing") and not (tmp_path / "out").exists()
+    done = gpu()
+    assert done.returncode == 1 and done.stdout.endswith("failed: fid\n") and done.stdout.count("a word") == 1
+    found = {path.stem: path.read_text().split() for path in (tmp_path / "out").glob("*.jsonl")}
+    steps = re.findall(r"^    \[(\w+)\]=", (FOLDER / "gpu.sh").read_text(), re.MULTILINE)
+    assert set(found) == {path.stem for path in (tmp_path / "out").glob("*.log")} == set(steps) and len(steps) > 5
+    for step, command in found.items():
+        named = [word for word in command if word.endswith(".py")]
+        assert named and all((ROOT / name).is_file() for name in named), step
+        flags = [word for word in command if word.startswith("--")]
+        assert all(f'"{flag}"' in (ROOT / named[0]).read_text() for flag in flags), step

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from report import report, take_turns
 
-from utils import MemoryImages, decode_images, list_images, seeded, to_float
+from utils import MemoryImages, decode_images, list_images, run, seeded, to_float
 
 
 class Files(torch.utils.data.Dataset):
@@ -77,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

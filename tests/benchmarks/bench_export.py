@@ -22,7 +22,7 @@ from report import ROOT, ratio, report, rounded, take_turns
 from scipy import ndimage
 
 from models.vamp_flow import CrossFlowVampVAE
-from utils import cpu_count, generate_images
+from utils import cpu_count, generate_images, pick_device, run
 
 spec = importlib.util.spec_from_file_location("test_script", ROOT / "test.py")
 script = importlib.util.module_from_spec(spec)
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--device", default="cpu", help="for sampling: cpu or cuda")
     parser.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     args = parser.parse_args()
-    about, cpu = {"size": args.size, "writers": args.threads}, torch.device("cpu")
+    about, cpu, device = {"size": args.size, "writers": args.threads}, torch.device("cpu"), pick_device(args.device)
 
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         fresh = (Path(root, str(i)) for i in range(10 ** 6))
@@ -70,7 +70,6 @@ def main():
             report("write", n, ours, cpu, pil, ratio_to_pil_default_level=rounded(ratio(ours, default)),
                    bytes_per_image=round(np.mean([len(b) for b in script.encode_png(images[:500])])), **about)
         if "sample" in args.case:
-            device = torch.device(args.device)
             n = args.images if device.type == "cuda" else max(100, args.images // 10)
             torch.manual_seed(0)
             model = CrossFlowVampVAE(img_size=args.size).to(device).eval()
@@ -85,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

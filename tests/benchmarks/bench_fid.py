@@ -29,6 +29,7 @@ from utils import (
     list_images,
     mean_and_covariance,
     pick_device,
+    run,
 )
 
 
@@ -72,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ import torch
 from report import forget_peak, peak_mb, report, take_turns
 
 from PR_Calculate import manifold_metrics
+from utils import pick_device, run
 
 
 def make(case, n, m, dims, seed=0):
@@ -54,7 +55,7 @@ def main():
     parser.add_argument("--chunk", type=int, default=0, help="points per side of a block, 0 = the default")
     parser.add_argument("--runs", type=int, default=3, help="times that products and metric take turns (default 3)")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     chunk = args.chunk or (8192 if device.type == "cuda" else 4096)
     torch.set_float32_matmul_precision("highest")
 
@@ -75,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -33,7 +33,7 @@ from report import report, take_turns
 
 import train
 from PR_Calculate import manifold_metrics
-from utils import MemoryImages, pick_device, pyplot
+from utils import MemoryImages, pick_device, pyplot, run
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"           # told apart by the colour-blind, and by their markers
 PANELS = ("batch", "components", "flow", "images")
@@ -187,4 +187,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,7 @@ from report import report, take_turns
 from scipy import ndimage
 
 from csv_analysis import analyse
-from utils import cpu_count, list_images
+from utils import cpu_count, list_images, run
 
 
 def naive(path, r0=0.25):
@@ -59,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -37,7 +37,7 @@ import torch
 from report import print_line, report, rounded, synchronize, take_turns
 
 import train
-from utils import MemoryImages, pick_device
+from utils import MemoryImages, pick_device, run
 
 # --amp bf16, --channels_last, --compile, --cuda_graph, --fused_flow of each case; None: as train.py chooses on the device.
 SETTINGS = {"eager": (False, False, False, False, False), "layout": (False, True, False, False, False),
@@ -282,4 +282,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
