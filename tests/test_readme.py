@@ -1,0 +1,46 @@
+"""The Python that README.md shows runs as it stands there, and its comments are true."""
+import re
+
+import pytest
+import torch
+from conftest import ROOT, write_images
+from test_train import main
+
+
+def blocks():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"<!-- tested: this block -->\n```python\n(.*?)```", readme, re.DOTALL)
+
+
+def run(block):
+    """The names that it leaves."""
+    found = {}
+    exec(compile(block, "README.md", "exec"), found)
+    return found
+
+
+@pytest.mark.parametrize("flags", [(), ("--preset", "best")], ids=" ".join)
+def test_a_trained_model_from_python(flags, monkeypatch, tmp_path, one_thread):
+    main(monkeypatch, tmp_path, "--demo", *flags, "--epochs", 1, "--sample_every", 0, "--no-tensorboard", "--device", "cpu")
+    write_images(tmp_path / "path/to/images", 5, size=16)
+    found = run(blocks()[0])
+    assert found["images"].shape == (8, 1, 16, 16) and found["images"].abs().max() <= 1
+    assert (tmp_path / "sample.png").is_file()
+    out, kl, x = found["out"], found["kl"], found["x"]
+    assert x.shape == (5, 1, 16, 16) and torch.equal(out.mu, found["mu"]) and torch.equal(out.logvar, found["logvar"])
+    assert out.log_det.abs().min() > 0                                                          # the flow has been trained
+    torch.testing.assert_close(found["z0"], out.z0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["log_det"], -out.log_det, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kl.kl, kl.log_q0 - kl.log_det - kl.log_p)
+    torch.testing.assert_close(found["component"].sum(1), torch.ones(5))
+    assert found["component"].shape == (5, 50)
+    torch.testing.assert_close(found["between"][[0, -1]], out.recon[[0, -1]], rtol=1e-3, atol=1e-3)
+
+
+def test_flow_and_metrics_by_themselves(capsys):
+    found = run(blocks()[1])
+    assert found["zK"].shape == (16, 32) and found["log_det"].shape == (16,) and not found["log_det"].any()
+    worst, metrics, distance = capsys.readouterr().out.splitlines()
+    worst, metrics = (eval(line, {"nan": float("nan")}) for line in (worst, metrics))
+    assert worst["inverse_error"] < 1e-9 and worst["log_det_error"] < 1e-8 and worst["scale_std"] > 0
+    assert {"precision", "recall", "density", "coverage"} <= set(metrics) and float(distance) > 0
