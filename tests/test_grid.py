@@ -164,14 +164,16 @@ def check_table(out, variants):
         fake, real = (sharpness(images(out / "images" / folder))["lap_var"].mean()
                       for folder in (f"{name}_s0/samples", "real_test"))
         assert row["sharpness_ratio"] == pytest.approx(fake / real, rel=1e-9)
-        for what, folder in (("samples", "samples"), ("recon", "reconstructions")):
-            a, b = (images(out / "images" / where).reshape(-1, 16 * 16 * 3) / 255
-                    for where in ("real_test", f"{name}_s0/{folder}"))
+        for what, folder in (("samples", f"{name}_s0/samples"), ("recon", f"{name}_s0/reconstructions"),
+                             ("real", "real_train_40")):
+            a, b = (images(out / "images" / where).reshape(-1, 16 * 16 * 3) / 255 for where in ("real_test", folder))
             assert row[f"pixel_{what}"] == pytest.approx(gaussian_distance(a, b), rel=1e-4)
         record = pair(out, f"{name}_s0")
         assert 0 < row["train_s"] == pytest.approx(record["steps"]["train"]["seconds"], rel=1e-12)
         counts = {d: len(images(out / "images" / f"{name}_s0" / d)) for d in ("samples", "reconstructions")}
-        assert counts == {"samples": 40, "reconstructions": 179}
+        assert counts == {"samples": 40, "reconstructions": 40}
+        manifest = json.loads((out / f"images/{name}_s0/reconstructions/manifest.json").read_text())
+        assert (manifest["split"], manifest["latent"]) == ("train", "one sample of the posterior, seed 0")
     diagnostics = [p["diagnostics"] for p in json.loads((out / "grid.json").read_text())["pairs"]]
     assert [d["latent_dim"] for d in diagnostics] == [4] * len(variants)
     for name, panels in (("samples.png", 1 + len(variants)), ("pseudo.png", 1)):
@@ -326,7 +328,8 @@ def test_each_distance_is_of_the_folders_it_names(monkeypatch):
         "fd_train": ["real_train", "images/samples"], "fd_bypassed": ["real_test", "images/bypassed"]}
     for step, folder, flow in (("export", "reconstructions", None), ("bypass", "bypassed", "bypassed")):
         command = steps[step]
-        assert [flag(command, f"recon_{name}") for name in ("split", "latent", "dirname")] == ["test", "sample", folder]
+        assert [flag(command, f"recon_{name}") for name in ("split", "latent", "dirname")] == ["train", "sample", folder]
+        assert flag(command, "num_recon") == "4"
         assert flow is None or flag(command, "recon_flow") == flow
 
 
@@ -357,7 +360,7 @@ def test_table_has_finished_pairs_only_variants_in_their_order_and_numbers_as_nu
 
 
 def test_readers_table_has_mean_and_spread_under_each_heading(tmp_path):
-    columns = (*grid.HISTORY, "pixel_samples", "pixel_recon", "sharpness_ratio", "train_s", "parameters")
+    columns = (*grid.HISTORY, "pixel_samples", "pixel_recon", "pixel_real", "sharpness_ratio", "train_s", "parameters")
     records = [{"variant": "VAE", "seed": seed, "flags": "", "common": "", "steps": {}, "num_samples": 1,
                 "machine": {"versions": {"torch": "2"}, "device_used": "cpu"},
                 "values": {name: 10.0 * i + seed for i, name in enumerate(columns)}} for seed in (0, 2)]
@@ -367,16 +370,21 @@ def test_readers_table_has_mean_and_spread_under_each_heading(tmp_path):
         heading: f"{10 * columns.index(name) + 1} ± 1.4" for name, heading in {
             **{n: grid.HEADINGS[n] for n in columns}, "val_loss": "val_loss", "val_recon": "reconstruction",
             "val_kl_raw": "KL_Raw, nats", "pixel_samples": "pixel FD samples", "pixel_recon": "pixel FD reconstructions",
+            "pixel_real": "pixel FD training images",
             "sharpness_ratio": "sharpness / real", "train_s": "training, s", "parameters": "parameters"}.items()}
 
 
 def test_held_out_images_of_other_data_are_refused(tmp_path, monkeypatch):
     pair = some_pair(monkeypatch)
-    pair.images, pair.grid.real = tmp_path, lambda split: tmp_path / split
-    for folder, data in (("test", "a"), ("reconstructions", "a")):
-        (tmp_path / folder).mkdir()
-        write_json(tmp_path / folder / "manifest.json", {"data": data})
+    pair.run, pair.grid.real = tmp_path / "run", lambda split: tmp_path / split
+    (tmp_path / "run/test").mkdir(parents=True)
+    (tmp_path / "test").mkdir()
+    write_json(tmp_path / "test/manifest.json", {"data": "a"})
+    for data in "ab":
+        write_json(tmp_path / f"{data}.json", {"protocol": {"data": data}})
+    diagnostics = tmp_path / "run/test/diagnostics.json"
+    (tmp_path / "a.json").rename(diagnostics)
     pair.require_same_data()
-    write_json(tmp_path / "reconstructions/manifest.json", {"data": "b"})
+    (tmp_path / "b.json").rename(diagnostics)
     with pytest.raises(UserError, match="not those of the rest of the grid"):
         pair.require_same_data()

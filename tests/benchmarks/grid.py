@@ -89,7 +89,8 @@ HEADINGS = {"val_loss": "val_loss", "val_recon": "reconstruction", "val_kl_raw":
             "val_log_det": "E log det, nats", "active_units": "active units",
             "effective_components": "effective components", "dead_components": "dead components",
             "pixel_samples": "pixel FD samples", "pixel_recon": "pixel FD reconstructions",
-            "sharpness_ratio": "sharpness / real", "train_s": "training, s", "parameters": "parameters"}
+            "pixel_real": "pixel FD training images", "sharpness_ratio": "sharpness / real", "train_s": "training, s",
+            "parameters": "parameters"}
 PICTURED = 32                # images of each variant in samples.png
 PIXELS = 16                  # pixels a side that are left of an image for the pixel FD: 768 numbers
 
@@ -284,8 +285,11 @@ class Pair:
         """(step, command, key of the number that it prints or None) after the training, in order."""
         grid, args, real = self.grid, self.grid.args, self.grid.real
         # These folders are the grid's own: an older export in them, of fewer samples perhaps, may be replaced.
+        # Reconstructions are of training images, and as far from the held-out ones as the samples of a prior that equals the
+        # aggregated posterior would be. Those of the held-out images themselves would share the chance of their originals
+        # and come out nearer than any other images can.
         export = ["--export_dir", str(self.images), "--overwrite", "--do_real", "False", "--do_recon", "True",
-                  "--recon_split", "test", "--recon_latent", "sample"]
+                  "--recon_split", "train", "--num_recon", str(args.num_samples), "--recon_latent", "sample"]
         steps = [("export", self.test_command(*export, "--fake_dirname", "samples", "--num_samples", str(args.num_samples),
                                               "--recon_dirname", "reconstructions", "--do_pictures", str(args.do_pictures),
                                               "--diagnose"), None),
@@ -304,9 +308,8 @@ class Pair:
         return steps
 
     def require_same_data(self):
-        found, wanted = (read_json(folder / MANIFEST)["data"] for folder in (self.images / "reconstructions",
-                                                                             self.grid.real("test")))
-        if found != wanted:
+        found = read_json(self.run / "test" / "diagnostics.json")["protocol"]["data"]
+        if found != read_json(self.grid.real("test") / MANIFEST)["data"]:
             raise UserError("its held-out images are not those of the rest of the grid: the data have changed; use another "
                             "--out")
 
@@ -318,10 +321,12 @@ class Pair:
         model, _ = load_model(self.run / "last.pth", "cpu")
         steps = self.record["steps"]
         held_out = pixel_statistics(self.grid.real("test"))
+        pixel_folders = {"samples": self.images / "samples", "recon": self.images / "reconstructions",
+                         "real": self.grid.real("train")}
         return {**{name: self.record["last_epoch"][name] for name in HISTORY},
                 **{step: entry["value"] for step, entry in steps.items() if "value" in entry},
-                **{f"pixel_{what}": frechet_distance(*held_out, *pixel_statistics(self.images / folder))
-                   for what, folder in (("samples", "samples"), ("recon", "reconstructions"))},
+                **{f"pixel_{what}": frechet_distance(*held_out, *pixel_statistics(folder))
+                   for what, folder in pixel_folders.items()},
                 "sharpness_ratio": ours / real if real else None, "train_s": steps["train"]["seconds"],
                 "parameters": sum(p.numel() for p in model.parameters())}
 
@@ -370,7 +375,7 @@ class Grid:
     def export_real(self, pair):
         """The real images, once for all pairs, by means of the first one that has a checkpoint."""
         with self.real_lock:
-            for split, count in [("test", 0)] + [("train", self.args.num_samples)] * bool(self.args.distance):
+            for split, count in (("test", 0), ("train", self.args.num_samples)):
                 folder = self.real(split)
                 manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {"done": 0, "count": -1}
                 if manifest["done"] != manifest["count"]:
@@ -440,7 +445,7 @@ def finished_pairs(out):
 def table_of(records):
     """A row per variant: seeds, then mean and standard deviation (N - 1, NaN for one seed) of every value."""
     columns = [*HISTORY, *dict.fromkeys(name for r in records for name in r["values"] if name not in HEADINGS),
-               "pixel_samples", "pixel_recon", "sharpness_ratio", "train_s", "parameters"]
+               "pixel_samples", "pixel_recon", "pixel_real", "sharpness_ratio", "train_s", "parameters"]
     rows = []
     for variant in dict.fromkeys(r["variant"] for r in records):
         of_variant = [r for r in records if r["variant"] == variant]
@@ -473,6 +478,8 @@ def markdown(table, records, out):
               "that term, one with --fit_prior is the prior's alone). Pixel FD: Fréchet distance to the held-out images in "
               "their pixels "
               f"(reduced to {PIXELS} a side): means and covariances of colours, contrast and coarse shapes, no content. "
+              "Reconstructions are of training images, from posterior samples, so that no image is compared with its own "
+              "original: a perfect prior's samples would be as far. "
               "sharpness / real: mean Laplacian variance of the samples over that of the held-out images. Seconds "
               "of the wall clock, start and validation included."]
 
@@ -488,10 +495,10 @@ def markdown(table, records, out):
     distances = [without_folders(entry["command"]) for entry in steps if "value" in entry]
     if distances:
         held_out = len(list((out / "images" / "real_test").glob("*.png")))
-        lines += ["", f"Distances: to the {held_out:,} held-out images (_samples: prior samples; _recon: their "
-                  f"reconstructions from posterior samples; _bypassed: these without the flow), and of the samples to "
-                  f"training images (_train). A Fréchet distance depends on the number of images on each side. Command, "
-                  f"folders left out: {distinct(distances)}"]
+        lines += ["", f"Distances: to the {held_out:,} held-out images (_samples: prior samples; _recon: reconstructions of "
+                  f"training images; _bypassed: these without the flow), and of the samples to training images (_train). A "
+                  f"Fréchet distance depends on the number of images on each side. Command, folders left out: "
+                  f"{distinct(distances)}"]
     lines += ["", f"- samples: {distinct([r['num_samples'] for r in records], '')}",
               f"- common flags: {distinct(r['common'] for r in records)}",
               f"- commit: {distinct([entry['commit'] for entry in steps], '')}",
