@@ -700,17 +700,24 @@ def distinct_features(extractor, batches, total, seen, desc):
     return np.stack([seen[key] for share, _ in shares for key in share])
 
 
-def choose_images(args, total):
-    """Indices of the reference images and of those that are reconstructed, and in words how.
+PAIRED = "the reference images themselves: neither split has enough others"
+
+
+def choose_images(args, sets):
+    """Indices of the reference images, the split and the indices of those that are reconstructed, and in words how.
 
     Others than the reference where there are enough: a reconstruction shares the chance of its own original, samples of
     the prior do not, and the difference of their FIDs would count that as the prior's fault.
     """
-    reference = spread(args.eval_images, total)
-    rest = torch.ones(total, dtype=torch.bool).index_fill(0, reference, False).nonzero()[:, 0]
-    if len(rest) >= len(reference):
-        return reference, rest[spread(len(reference), len(rest))], "other images of the same split than the reference"
-    return reference, reference, "the reference images themselves: the split has too few for others"
+    split, other = args.real_split, "test" if args.real_split == "train" else "train"
+    reference = spread(args.eval_images, len(sets[split]))
+    n = len(reference)
+    rest = torch.ones(len(sets[split]), dtype=torch.bool).index_fill(0, reference, False).nonzero()[:, 0]
+    if len(rest) >= n:
+        return reference, split, rest[spread(n, len(rest))], "other images of the same split than the reference"
+    if len(sets[other]) >= n:
+        return reference, other, spread(n, len(sets[other])), f"images of the {other} split"
+    return reference, split, reference, PAIRED
 
 
 def project_equally(features, mu, components):
@@ -719,18 +726,19 @@ def project_equally(features, mu, components):
     return project(table, mu, components)[rows.reshape(-1)]
 
 
-def evaluation_features(args, model, data, extractor):
+def evaluation_features(args, model, sets, extractor):
     """One pass over all images that --evaluate measures, shared out over the processes -> features (N, F) of real images
     and of samples, (mean, covariance) of those of reconstructions by "used" or "bypassed", how they were chosen."""
     device, batch, seen = next(model.parameters()).device, args.gen_batch_size, {}
-    reference, sources, how = choose_images(args, len(data))
+    reference, split, sources, how = choose_images(args, sets)
+    data = sets[args.real_split]
     n = len(reference)                                          # on every side, so that the FIDs share their bias
     noise = torch.randn(n, model.latent_dim, generator=seeded("cpu", args.seed, "evaluation"))
     mine = my_batches(n, batch)
     total = sum(b.stop - b.start for b in mine)
 
     def reconstructions(flow):
-        for images, b in zip(data.batches([sources[b] for b in mine], device), mine):
+        for images, b in zip(sets[split].batches([sources[b] for b in mine], device), mine):
             yield reconstruct(model, images, noise[b].to(device), flow)
 
     def samples():
@@ -762,7 +770,7 @@ def evaluate(args, model, data, extractor, features):
                "fid_reconstructed": frechet_distance(*statistics, *reconstructed["used"])}
     if "bypassed" in reconstructed:
         metrics["fid_flow_bypassed"] = frechet_distance(*statistics, *reconstructed["bypassed"])
-    metrics["fid_prior_gap"] = metrics["fid"] - metrics["fid_reconstructed"]
+    metrics["fid_prior_gap"] = metrics["fid"] - metrics["fid_reconstructed"] if how != PAIRED else None
     pca = "none"
     if args.pca_dim:
         mu, components, kept = fit_pca(real, args.pca_dim)
@@ -1156,8 +1164,11 @@ def report_evaluation(args, report, model, data, extractor, features, paths):
     report.say(f"evaluation  {name} {metrics['fid']:.3f}, KID {kernel_text(metrics, 5)}, "
                + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
     bypassed = f", flow bypassed {metrics['fid_flow_bypassed']:.3f}" if "fid_flow_bypassed" in metrics else ""
+    gap = metrics["fid_prior_gap"]
     report.say(f"            where quality is lost: samples {metrics['fid']:.3f}, reconstructions "
-               f"{metrics['fid_reconstructed']:.3f}{bypassed}; the prior's gap is {metrics['fid_prior_gap']:.3f}")
+               f"{metrics['fid_reconstructed']:.3f}{bypassed}; "
+               + (f"the prior's gap is {gap:.3f}" if gap is not None else "the last are of the reference images themselves, "
+                  "nearer to them than others could be, so that the difference is not the prior's gap"))
     report.say(f"            {protocol['real']['images']:,} real and {protocol['fake']['images']:,} generated images; "
                f"written to {paths[0]} and, for comparison.py, to {paths[1]}")
 
@@ -1276,7 +1287,7 @@ def export_and_measure(args, locks):
     if args.nll:
         report_likelihood(args, report, model, sets)
     if args.evaluate:
-        features = evaluation_features(args, model, sets[args.real_split], extractor)
+        features = evaluation_features(args, model, sets, extractor)
     if not is_main():       # what follows takes one process, and comes last so that no other has to wait until it is done
         return
     if args.evaluate:

@@ -1,5 +1,7 @@
 """test.py: exports, pictures, diagnostics, likelihood and evaluation of small models made here."""
+import argparse
 import importlib.util
+import io
 import json
 import math
 import os
@@ -952,7 +954,7 @@ def test_evaluation_is_of_the_first_exported_images(checkpoint, data, monkeypatc
         args = script.build_parser().parse_args(["--resume", "x", "--num_samples", "45", "--eval_images", str(n),
                                                  "--gen_batch_size", "10", "--pca_dim", "0"])
         network = Recorder()
-        features = script.evaluation_features(args, model, data_set(data)[0], network)
+        features = script.evaluation_features(args, model, dict(zip(("train", "test"), data_set(data))), network)
         metrics, protocol = script.evaluate(args, model, data_set(data)[0], network, features)
         real, fake = torch.cat(network.shown)[:n], torch.cat(network.shown)[n:2 * n]
         assert torch.equal(real, data_set(data)[0].images[script.spread(n, 60)])
@@ -960,6 +962,27 @@ def test_evaluation_is_of_the_first_exported_images(checkpoint, data, monkeypatc
         assert protocol["fake"]["images"] == n and f"the first {n} samples" in protocol["fake"]["choice"]
         statistics = [mean_and_covariance(network(x).numpy()) for x in (real, fake)]
         assert metrics["fid"] == pytest.approx(frechet_distance(*statistics[0], *statistics[1]))
+        if n > 30:                                              # of 60, and 12 held out: no other n images are left
+            assert metrics["fid_prior_gap"] is None and protocol["reconstructed"]["choice"] == script.PAIRED
+            report = script.Report(tmp_path, io.StringIO(), "t", "", {})
+            script.report_evaluation(args, report, model, data_set(data)[0], network, features, [tmp_path / "e.json"] * 2)
+            assert "of the reference images themselves" in report.log.getvalue()
+        else:
+            assert metrics["fid_prior_gap"] == metrics["fid"] - metrics["fid_reconstructed"]
+
+
+@pytest.mark.parametrize("real_split, eval_images, reconstructed", [("train", 16, "train"), ("test", 4, "test"),
+                                                                    ("test", 0, "train"), ("train", 0, "paired")])
+def test_no_reconstruction_is_compared_with_its_own_original(real_split, eval_images, reconstructed):
+    args = argparse.Namespace(real_split=real_split, eval_images=eval_images)
+    reference, split, sources, how = script.choose_images(args, {"train": range(60), "test": range(10)})
+    assert len(reference) == len(sources) == (eval_images or {"train": 60, "test": 10}[real_split])
+    if reconstructed == "paired":
+        assert how == script.PAIRED and split == "train" and torch.equal(reference, sources)
+    else:
+        assert how != script.PAIRED and split == reconstructed
+        assert len(sources.unique()) == len(sources) and sources.max() < {"train": 60, "test": 10}[split]
+        assert split != real_split or not set(reference.tolist()) & set(sources.tolist())
 
 
 def test_equal_images_have_equal_features():
