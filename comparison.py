@@ -108,18 +108,19 @@ def summarise(counts, cumulative, values):
     return np.einsum("i,i->", counts, values) / n, middle.mean(), values[cumulative.searchsorted(ranks(n))]
 
 
-def distances(cumulative_x, at_x, cumulative_y, at_y, gaps, block=8192):
+def distances(cumulative_x, at_x, cumulative_y, at_y, gaps, expected, block=8192):
     """Wasserstein-1, Kolmogorov-Smirnov and Cliff's delta of two samples.
 
     cumulative[at[v]] members lie at or below the v-th of V ascending values, at (V,); gaps: between them, (V - 1,).
-    W1 = integral |F - G|, in the values' unit; KS = max |F - G|; delta = P(X > Y) - P(X < Y), ties counting for
-    neither. F and G are the empirical distribution functions of x and y.
+    W1 = integral |F - G - expected|, in the values' unit; KS = max |F - G - expected|; delta = P(X > Y) - P(X < Y), ties
+    counting for neither. F and G are the empirical distribution functions of x and y; expected (V,) is 0 for the distances
+    themselves, and their difference in the original samples for how far a resample is from it.
     """
     w1, ks, cliff, f, g = 0.0, 0.0, -1.0, 0.0, 0.0              # f, g: F and G just below the block
     for i in range(0, len(at_x), block):                        # in blocks that stay in the processor's cache
         F = cumulative_x[at_x[i:i + block]] / cumulative_x[-1]
         G = cumulative_y[at_y[i:i + block]] / cumulative_y[-1]
-        apart, gap = np.abs(F - G), gaps[i:i + block]
+        apart, gap = np.abs(F - G - expected[i:i + block]), gaps[i:i + block]
         w1 += (apart[:len(gap)] * gap).sum()
         ks = max(ks, apart.max())
         # Each x against the share of y below it and the share at or below it.
@@ -137,7 +138,8 @@ def compare(x, y=None, B=1000, key=(0, "x", "y"), tick=lambda: None):
     x: (n, M) values of M metrics, y: (m, M) or None; key: (seed, name of x, name of y), what the draws depend on,
     so that a variant's numbers do not change with the company it is in. Images are resampled whole: the metrics
     of a resample belong together. tick is called after each resample.
-    Returns a list of M dicts: field -> (estimate, resamples (B, ...)), fields as in FIELDS, the first three without y.
+    Returns a list of M dicts: field -> (estimate, resamples (B, ...)), fields as in FIELDS, the first three without y. What
+    distance_interval takes stands in place of the resamples of the two distances: how far F* - G* is from F - G.
     """
     seed, name_x, name_y = key
     rng_x, rng_y = (np.random.default_rng([seed, zlib.crc32(name.encode("utf-8", "surrogateescape")), role])
@@ -150,11 +152,12 @@ def compare(x, y=None, B=1000, key=(0, "x", "y"), tick=lambda: None):
         ascending = [s[o, j] for s, o in zip(samples, order)]
         common = np.unique(np.concatenate(ascending))                                           # (V,)
         at_or_below = [a.searchsorted(common, "right") for a in ascending]
-        metrics.append((order, ascending, at_or_below, np.diff(common)))
+        shares = [at / len(s) for at, s in zip(at_or_below, samples)]                           # F and G
+        metrics.append((order, ascending, at_or_below, np.diff(common), shares[0] - shares[-1]))
 
-    def measure(metric, counts):
+    def measure(metric, counts, resampled):
         """counts: how often a resample holds each image of x (n,), and of y (m,)."""
-        order, ascending, at_or_below, gaps = metric
+        order, ascending, at_or_below, gaps, difference = metric
         out, steps = (), []
         for o, a, at, c in zip(order, ascending, at_or_below, counts):
             c = c[o]
@@ -162,15 +165,15 @@ def compare(x, y=None, B=1000, key=(0, "x", "y"), tick=lambda: None):
             np.cumsum(c, out=cumulative[1:])
             out += summarise(c, cumulative[1:], a)
             steps += [cumulative, at]
-        return out if y is None else out + distances(*steps, gaps)
+        return out if y is None else out + distances(*steps, gaps, difference if resampled else 0 * difference)
 
-    estimates = [measure(metric, [np.ones(len(s), np.int64) for s in samples]) for metric in metrics]
+    estimates = [measure(metric, [np.ones(len(s), np.int64) for s in samples], False) for metric in metrics]
     resamples = [[np.empty((B, *np.shape(e))) for e in estimate] for estimate in estimates]
     for b in range(B):
         counts = [np.bincount(rng.integers(0, len(s), len(s)), minlength=len(s))
                   for s, rng in zip(samples, (rng_x, rng_y))]
         for metric, resample in zip(metrics, resamples):
-            for out, value in zip(resample, measure(metric, counts)):
+            for out, value in zip(resample, measure(metric, counts, True)):
                 out[b] = value
         tick()
     return [dict(zip(FIELDS, zip(e, r))) for e, r in zip(estimates, resamples)]
@@ -184,14 +187,18 @@ def percentile_interval(resamples, confidence):
     return np.percentile(resamples, [tail, 100 - tail], axis=0)
 
 
-def basic_interval(estimate, resamples, confidence, top):
-    """The percentile interval mirrored at the estimate, cut to [0, top]: for distances.
+def distance_interval(estimate, deviations, confidence, top):
+    """The estimate of W1 or KS, plus and minus what `confidence` per cent of the deviations do not exceed, cut to [0, top].
 
-    A distance between samples is biased upwards (it is positive even between two samples of one distribution), and
-    resampling adds the same bias once more; mirroring takes it off to first order (Davison & Hinkley 1997, 5.2.1).
+    Both are norms of F - G, so that by the triangle inequality the distance of two samples is off by at most the same norm
+    of the error of F - G, whose distribution is that of a resample's deviation (B,), (F* - G*) - (F - G). That holds
+    between two samples of one distribution too, where intervals from the resampled distances fail: a distance is never
+    negative, and resampling inflates it.
     """
-    low, high = percentile_interval(resamples, confidence)
-    return np.clip([2 * estimate - high, 2 * estimate - low], 0, top)
+    if len(deviations) == 0:
+        return np.full(2, np.nan)
+    reach = np.percentile(deviations, confidence)
+    return np.clip([estimate - reach, estimate + reach], 0, top)
 
 
 def summary_row(values, result, confidence):
@@ -212,7 +219,7 @@ def summary_row(values, result, confidence):
             put(f"{name}_difference", estimate - reference,
                 percentile_interval(resamples - ref_resamples, confidence))
         for name, top in (("wasserstein", math.inf), ("ks", 1)):
-            put(name, result[name][0], basic_interval(*result[name], confidence, top))
+            put(name, result[name][0], distance_interval(*result[name], confidence, top))
         put("cliff", result["cliff"][0], percentile_interval(result["cliff"][1], confidence))
     return row
 
@@ -860,10 +867,10 @@ def analyse(tables, args):
 def protocol_lines(tables, protocols, args):
     lines = []
     if args.bootstrap:
-        kind = "percentile intervals; for Wasserstein and KS basic intervals, since resampling inflates a distance"
+        kind = "percentile intervals; those of Wasserstein and KS reach as far as the same norm of the error of the two "\
+               "distribution functions' difference, and hold between equal distributions too"
         lines.append(f"Intervals: {args.confidence:g} % bootstrap over images, B = {args.bootstrap:,} resamples of all "
-                     f"n images (no subsampling), model and real resampled independently, seed {args.seed}, {kind}. "
-                     "An interval of a distance may end below the estimate where two variants barely differ.")
+                     f"n images (no subsampling), model and real resampled independently, seed {args.seed}, {kind}.")
     else:
         lines.append("Intervals: none (--bootstrap 0).")
     lines.append("Differences are variant minus real. Wasserstein: the Wasserstein-1 distance in the metric's unit. "

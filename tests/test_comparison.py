@@ -19,7 +19,7 @@ from scipy import stats
 
 import comparison
 import utils
-from comparison import METRICS, Axis, basic_interval, compare, order_names, percentile_interval, read_cache
+from comparison import METRICS, Axis, compare, distance_interval, order_names, percentile_interval, read_cache
 from utils import UserError, sha256_file, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,8 +116,12 @@ def test_resamples_are_those_of_whole_images():
         for metric in range(2):
             g, xs, ys = {f: r[b] for f, (_, r) in got[metric].items()}, x[i, metric], y[k, metric]
             want = {"mean": xs.mean(), "median": np.median(xs), "ref_mean": ys.mean(), "ref_median": np.median(ys),
-                    "wasserstein": stats.wasserstein_distance(xs, ys), "ks": stats.ks_2samp(xs, ys).statistic,
                     "cliff": np.sign(xs[:, None] - ys[None]).mean()}
+            # How far the difference of the two distribution functions has moved, at every value.
+            v = np.unique(np.concatenate([x[:, metric], y[:, metric]]))
+            moved = sum(sign * (s[:, None] <= v).mean(0) for sign, s in ((1, xs), (-1, ys), (-1, x[:, metric]),
+                                                                        (1, y[:, metric])))
+            want |= {"wasserstein": (np.abs(moved)[:-1] * np.diff(v)).sum(), "ks": np.abs(moved).max()}
             for field, value in want.items():
                 assert g[field] == pytest.approx(value, abs=1e-12), field
             assert np.array_equal(g["percentiles"][[9, 49]], np.sort(xs)[[3, 19]])
@@ -135,16 +139,27 @@ def test_interval_of_the_mean_has_the_width_theory_gives():
     assert narrow / 2 == pytest.approx(1.2816 * standard_error, rel=0.08)
 
 
-def test_distance_interval_takes_the_bias_off():
-    assert basic_interval(0.5, np.linspace(0.5, 0.7, 1001), 90, 1) == pytest.approx([0.31, 0.49])
-    assert basic_interval(0.9, np.linspace(0.6, 1.0, 1001), 90, 1).tolist() == pytest.approx([0.82, 1.0])
-    zero_inside = 0
-    for seed in range(40):                                      # two samples of one distribution: the distance is 0
+def test_distance_interval():
+    assert distance_interval(0.5, np.linspace(0, 0.2, 1001), 90, 1) == pytest.approx([0.32, 0.68])
+    assert distance_interval(0.95, np.linspace(0, 0.2, 1001), 50, 1).tolist() == pytest.approx([0.85, 1.0])
+    assert distance_interval(0.1, np.linspace(0, 0.2, 1001), 90, 1).tolist() == pytest.approx([0.0, 0.28])
+    assert np.isnan(distance_interval(0.1, np.empty(0), 90, 1)).all()
+
+
+@pytest.mark.parametrize("scale, w1, ks", [(1, 0, 0), (1.1, 0.2, 0.0516), (2, 2, 0.3608)])
+def test_distance_interval_covers(scale, w1, ks):
+    """Of samples of two gamma distributions whose distances are known; between equal ones, where a percentile or a basic
+    interval of the resampled distances misses 0 far too often, and between nearly equal ones too."""
+    grid = np.linspace(0, 60, 100001)
+    apart = np.abs(stats.gamma(2).cdf(grid) - stats.gamma(2, scale=scale).cdf(grid))
+    assert (w1, ks) == pytest.approx((apart.sum() * grid[1], apart.max()), abs=1e-3)
+    covered = []
+    for seed in range(200):
         rng = np.random.default_rng(seed)
-        r = compare(rng.normal(size=(150, 1)), rng.normal(size=(150, 1)), B=200)[0]
-        zero_inside += basic_interval(*r["ks"], 95, 1)[0] == 0
-        assert percentile_interval(r["ks"][1], 95)[0] > 0       # which the percentile interval always excludes
-    assert zero_inside >= 32
+        r = compare(rng.gamma(2, 1, (150, 1)), rng.gamma(2, scale, (150, 1)), B=200, key=(seed, "x", "y"))[0]
+        intervals = [distance_interval(*r[name], 90, top) for name, top in (("wasserstein", math.inf), ("ks", 1))]
+        covered.append([low <= truth <= high for (low, high), truth in zip(intervals, (w1, ks))])
+    assert (np.mean(covered, 0) >= 0.84).all()                  # 90 % less three standard errors of 200 draws
 
 
 def test_draws_depend_on_seed_and_names_only():
