@@ -651,13 +651,13 @@ class VGG16Features:
 Survey = namedtuple("Survey", "folder paths digests size skipped manifest choice")
 
 
-def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progress=False):
+def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progress=False, paths=None):
     """Decode every image of a folder once -> Survey, before any long work is spent on it.
 
-    num_images: only that many, a random choice by the seed (0 = all). Raises UserError that names a file that cannot
-    be read (skip_corrupt: it is left out and counted) or differs in size.
+    num_images: only that many, a random choice by the seed (0 = all). paths: its list_images, where known. Raises
+    UserError that names a file that cannot be read (skip_corrupt: it is left out and counted) or differs in size.
     """
-    paths = list_images(folder, flag)
+    paths = list_images(folder, flag) if paths is None else paths
     manifest = read_manifest(folder, len(paths))
     choice = "all"
     if 0 < num_images < len(paths):
@@ -863,12 +863,12 @@ def main():
 
     # What can be known before the network runs is checked before it runs.
     folders = [(args.real_dir, "--real_dir"), (args.fake_dir, "--fake_dir")]
-    counts = [len(list_images(folder, flag)) for folder, flag in folders]
-    check_neighbours(args.k, args.nearest_k, *(min(n, args.num_images or n) for n in counts))
+    listed = [list_images(folder, flag) for folder, flag in folders]
+    check_neighbours(args.k, args.nearest_k, *(min(len(paths), args.num_images or len(paths)) for paths in listed))
     extractor = (VGG16Features(device) if args.features == "vgg16" else
                  InceptionFeatures(device, args.fid_dims or 2048, without="use --features vgg16"))
-    real, fake = [survey_folder(folder, flag, args.num_images, args.seed, args.skip_corrupt, progress)
-                  for folder, flag in folders]
+    real, fake = [survey_folder(folder, flag, args.num_images, args.seed, args.skip_corrupt, progress, paths)
+                  for (folder, flag), paths in zip(folders, listed)]
     check_neighbours(args.k, args.nearest_k, len(real.paths), len(fake.paths))          # again, without the corrupt
     check_pca(args.pca_dim, len(real.paths), extractor.dims)
     for survey, flag in zip((real, fake), ("--real_dir", "--fake_dir")):

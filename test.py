@@ -11,7 +11,7 @@ Writes to data_dir, or to export_dir (8-bit RGB PNG, 00000.png and up, with a ma
     <real_dirname>      a split of the data set, as training decoded it
     <fake_dirname>      samples of the prior
     <recon_dirname>     reconstructions of a split, through the posterior's mean (--do_recon True)
-and to save_dir/<exp_name of the checkpoint>/test
+and to save_dir/<name of the run>/test, with --tag another name for the numbers (nll_<tag>.json, ...)
     samples, components, interpolations, reconstructions, nearest, latent_map (PNG), test_log.txt
     diagnostics.json, diagnostics.png    --diagnose
     nll.json                             --nll
@@ -131,8 +131,9 @@ def build_parser():
     group.add_argument("--allow_other_data", action="store_true",
                        help="go on if these are not the images of the training")
     group.add_argument("--save_dir", default="./results",
-                       help="pictures, numbers and logs go to save_dir/<exp_name>/test")
-    group.add_argument("--tag", default=None, help="name of the variant in tables and commands (default: its exp_name)")
+                       help="pictures, numbers and logs go to save_dir/<name of the run>/test")
+    group.add_argument("--tag", default=None,
+                       help="name of the variant in tables, commands and file names (default: that of its run)")
     group.add_argument("--seed", type=int, default=0, help="of the samples and of every other draw")
     add_device_flag(group)
 
@@ -158,7 +159,7 @@ def build_parser():
                        help="factor of the components' sigma, 0 = their means")
     group.add_argument("--png_threads", type=int, default=0, help="threads that write images; 0 = the cores, at most 8")
     group.add_argument("--overwrite", action="store_true",
-                       help="replace exports that do not match what is asked for, and evaluations of other samples")
+                       help="replace exports that do not match what is asked for, and numbers that were measured otherwise")
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--do_pictures", type=true_false, default=True, metavar="True|False", help="(default True)")
@@ -271,9 +272,11 @@ def write_pngs(folder, images, first, count):
         try:
             with open(path, "wb") as f:
                 f.write(content)
-        except BaseException:
+        except BaseException as e:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+            if isinstance(e, OSError) and e.filename is None:   # a full disk does not say which file it was
+                e.filename = path
             raise
     return len(images)
 
@@ -1084,16 +1087,19 @@ def next_commands(args, tag, device, real_images, samples):
     return [shlex.join(["python", *map(str, c)]) for c in commands]
 
 
-def require_same_samples(path, samples):
-    """Raise UserError if an evaluation at `path` is of another model, or of other samples of it, than `samples` says."""
+def require_same_protocol(path, wanted):
+    """Raise UserError if the numbers at `path` are of another model, other samples or fewer images, say, than `wanted`:
+    entries of their protocol, or of a part of it."""
     if not path.is_file():
         return
     protocol = read_json(path).get("protocol")
     found = dict(protocol) if isinstance(protocol, dict) else {}
-    found["temperature"] = found["fake"].get("temperature") if isinstance(found.get("fake"), dict) else None
-    differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in samples.items() if found.get(k) != v]
+    for part in ("reconstructed", "features", "fake", "real"):
+        found.update(found[part] if isinstance(found.get(part), dict) else {})
+    found["pca"] = str(found.get("pca")).split()[0].replace("none", "0")
+    differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in wanted.items() if found.get(k) != v]
     if differs:
-        raise UserError(f"{path} is the evaluation of another {', '.join(differs)}; another --tag keeps both, --overwrite "
+        raise UserError(f"{path} was measured with another {', '.join(differs)}; another --tag keeps both, --overwrite "
                         f"replaces it")
 
 
@@ -1127,9 +1133,10 @@ def main():
 
 class Report(NamedTuple):
     """Where the numbers of a run of this script go, and what stands beside each of them."""
-    folder: Path                # save_dir/exp_name/test
+    folder: Path                # save_dir/<name of the run>/test
     log: TextIO                 # test_log.txt in it
     tag: str
+    suffix: str                 # of the names of files of numbers: of a --tag that is not the run's name
     position: str               # which weights of which epoch, in words
     provenance: dict            # the part of every protocol that says which model and data
 
@@ -1146,7 +1153,7 @@ def report_likelihood(args, report, model, sets):
                 "importance_samples": args.nll_samples, "data": sets["test"].fingerprint,
                 "scale_fitted_on": f"{min(args.nll_fit_images, len(sets['train']))} training images", **report.provenance}
     if is_main():
-        write_json(report.folder / "nll.json", {"tag": report.tag, "nll": result, "protocol": protocol})
+        write_json(report.folder / f"nll{report.suffix}.json", {"tag": report.tag, "nll": result, "protocol": protocol})
     for name, words in (("importance_weighted", f"-log p(x) at most, {args.nll_samples} importance samples"),
                         ("negative_elbo", "-ELBO")):
         report.say(f"likelihood  {words}: {result[name]['nats_per_image']:.1f} nats per image, "
@@ -1188,8 +1195,9 @@ def report_latent_space(args, report, model, sets, flip):
     protocol = {"images": len(chosen), "split": "test", "data": held_out.fingerprint,
                 "choice": "all" if len(chosen) == len(held_out) else "evenly spaced",
                 "noise": "one posterior sample of each image", **report.provenance}
-    write_json(report.folder / "diagnostics.json", {"tag": report.tag, "diagnostics": result, "protocol": protocol})
-    save_diagnostics(report.folder / "diagnostics.png", result, posterior,
+    path = report.folder / f"diagnostics{report.suffix}.json"
+    write_json(path, {"tag": report.tag, "diagnostics": result, "protocol": protocol})
+    save_diagnostics(path.with_suffix(".png"), result, posterior,
                      f"{report.tag}, {report.position}, {len(chosen):,} held-out images")
     report.say(f"diagnosis   KL {result['kl_raw']:.2f} nats, mutual information {result['mutual_information']:.2f} (cap "
                f"log N = {result['mutual_information_cap']:.2f}), active units {result['active_units']} of "
@@ -1211,8 +1219,12 @@ def export_and_measure(args, locks):
     if missing:
         raise UserError(f"{args.resume}: its args lack {', '.join(missing)}; not a checkpoint of this train.py")
     exp_name = str(checkpoint["args"]["exp_name"])
+    place = Path(args.resume).resolve().parent
+    if place.parent == Path(args.save_dir).resolve():           # a run that was renamed goes by its new name
+        exp_name = place.name
     require_plain_name(f"{args.resume}: exp_name", exp_name)
     tag = args.tag or exp_name
+    suffix = f"_{tag}" if tag != exp_name else ""
     args.data_dir = args.data_dir or checkpoint["args"]["data_dir"]
     exports_flag = "--export_dir" if args.export_dir else "--data_dir"
     args.export_dir = args.export_dir or args.data_dir
@@ -1241,9 +1253,17 @@ def export_and_measure(args, locks):
         writable_folder(eval_out.parent, "--eval_out")
         quality = writable_folder(Path(args.save_dir, QUALITY_DIR), "--save_dir")
         evaluations = (eval_out, quality / f"evaluation_{tag}.json")
-        if not args.overwrite:
-            for path in evaluations:
-                require_same_samples(path, samples)
+        for path in evaluations if not args.overwrite else ():
+            require_same_protocol(path, samples | {
+                "images": N, "split": args.real_split, "dims": args.fid_dims, "k": args.k, "nearest_k": args.nearest_k,
+                "pca": str(args.pca_dim)})
+    measured_on = {**identity, "seed": args.seed}
+    if args.nll and not args.overwrite:
+        require_same_protocol(folder / f"nll{suffix}.json", measured_on | {
+            "images": len(spread(args.nll_images, len(sets["test"]))), "importance_samples": args.nll_samples})
+    if args.diagnose and not args.overwrite:
+        require_same_protocol(folder / f"diagnostics{suffix}.json", measured_on | {
+            "images": len(spread(args.diagnose_images, len(sets["test"])))})
 
     if measured and is_main():                                  # else only lines are added to the log
         locks.enter_context(lock_folder(folder, "--save_dir"))
@@ -1261,7 +1281,7 @@ def export_and_measure(args, locks):
                   "versions": {"python": platform.python_version(), "numpy": np.__version__}
                   | {name: version(name) for name in ("torch", "torchvision", "pytorch-fid")}}
     position = f"epoch {checkpoint['epoch']}, {weights.replace('ema', 'EMA')} weights"
-    report = Report(folder, log, tag, position, provenance)
+    report = Report(folder, log, tag, suffix, position, provenance)
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
     report.say(f"checkpoint  {args.resume} ({position}, SHA-256 {identity['checkpoint_sha256'][:12]})")
     if sets:

@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -72,6 +73,7 @@ from utils import (
     process_count,
     pyplot,
     read_checkpoint,
+    read_json,
     remove_temporary_files,
     require_finite,
     run,
@@ -248,7 +250,8 @@ def parse_args(argv=None):
     first = parser.parse_args(argv)
     parser.set_defaults(**PRESETS.get(first.preset, {}))
     if first.demo:
-        # Running the demo twice is no accident; a run with a name or place of its own is not to be lost.
+        # Running the demo twice is no accident (see require_the_same_demo); a run with a name or place of its own is not to
+        # be lost.
         parser.set_defaults(**{**DEMO, "overwrite": not given & {"exp_name", "save_dir", "resume"}})
     args = parser.parse_args(argv)
     drop_the_meaningless(args, given)
@@ -323,6 +326,18 @@ def files_of_run(folder):
     return found
 
 
+def require_the_same_demo(args, folder):
+    """Raise UserError if the demo that lies there, which --demo replaces, was trained with other flags."""
+    if not (folder / "args.json").exists():
+        return
+    saved = read_json(folder / "args.json")
+    changed = sorted(k for k, v in vars(args).items() if k in saved and k not in MAY_DIFFER and v is not None and saved[k] != v)
+    if changed:
+        raise UserError(f"{folder} holds a demo with other flags: " + ", ".join(
+            f"--{k} ({saved[k]}, not {getattr(args, k)})" for k in changed) + "; another --exp_name keeps both, --overwrite "
+            "replaces it")
+
+
 def resolve_resume(args, given):
     """Find the checkpoint to go on from and bring the flags into line with it.
 
@@ -338,6 +353,8 @@ def resolve_resume(args, given):
     if args.resume is None:
         seen = files_of_run(own)
         require_empty(own, fresh)
+        if args.demo and args.overwrite and "overwrite" not in given:
+            require_the_same_demo(args, own)
         return None, None, seen
     path = own / "last.pth" if args.resume == "auto" else Path(args.resume)
     seen = files_of_run(path.parent)
@@ -364,11 +381,15 @@ def resolve_resume(args, given):
             setattr(args, name, value)
     if args.resume != "auto":                               # what was not given comes from where the checkpoint lies
         source = path.absolute().parent
+        in_its_run = re.fullmatch(r"last\.pth|step_\d+\.pth", path.name)
+        if not in_its_run and not given & {"save_dir", "exp_name"}:
+            raise UserError(f"--resume {path}: no name that a run gives its checkpoints; say with --exp_name, and --save_dir, "
+                            f"where the run is to go on")
         args.save_dir = args.save_dir if "save_dir" in given else str(source.parent)
         args.exp_name = args.exp_name if "exp_name" in given else source.name
-        if Path(args.save_dir, args.exp_name).resolve() != source.resolve():
+        if not in_its_run or Path(args.save_dir, args.exp_name).resolve() != source.resolve():
             seen = files_of_run(Path(args.save_dir, args.exp_name))
-            require_empty(Path(args.save_dir, args.exp_name), "")
+            require_empty(Path(args.save_dir, args.exp_name), "", what=["*.pth"])       # as above: a history alone is nothing
     return checkpoint, path, seen
 
 
@@ -1181,7 +1202,7 @@ def evaluate_fid(trainer, extractor, data, stop):
 
     reference = cached_statistics(Path(args.save_dir, "feature_cache"), f"{data.fingerprint}-{extractor.key}", real)
     mine = range(args.fid_samples)[my_share(args.fid_samples)]
-    images = generate_images(trainer.best_weights, mine.stop, args.eval_batch_size, args.seed, start=mine.start)
+    images = generate_images(trainer.best_weights, mine.stop, args.eval_batch_size, args.seed, start=mine.start, purpose="fid")
     fake = features(images, len(mine), "features of samples")
     return frechet_distance(*reference, *mean_and_covariance(fake))
 
@@ -1288,8 +1309,8 @@ def log_line(args, row):
             f"{row['effective_components']:.1f}{skipped} | FID {fid} | {speed} img/s")
 
 
-def open_tensorboard(args, folder, epoch):
-    """A SummaryWriter, or None where TensorBoard is off or not installed."""
+def open_tensorboard(args, folder, epoch, asked):
+    """A SummaryWriter, or None where TensorBoard is off or not installed, which is said where it was asked for."""
     if not args.tensorboard:
         return None
     try:
@@ -1297,6 +1318,8 @@ def open_tensorboard(args, folder, epoch):
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        if asked:
+            print("note: --tensorboard needs TensorBoard (pip install tensorboard); going on without it")
         return None
     default = threading.excepthook
     # Its thread's trouble with files comes to the main thread at the next write, which then says it in one line.
@@ -1306,7 +1329,8 @@ def open_tensorboard(args, folder, epoch):
 
 def remove_old_run(folder):
     """Delete what an earlier run left in the folder: a stale best_fid.pth beside a new run would be mistaken for its."""
-    for pattern in ("*.pth", "args.json", "history.csv", "train_log.txt", "curves.png", "samples/*.png", "tensorboard/events*"):
+    for pattern in ("*.pth", "args.json", "history.csv", "train_log.txt", "curves.png", "samples/*.png", "tensorboard/events*",
+                    "test/*.json", "test/*.png", "test/test_log.txt"):
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -1536,7 +1560,7 @@ def train(stack):
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device),
                                           "processes": process_count(), "lpips_sha256": trainer.lpips_id})
-    writer = open_tensorboard(args, folder, trainer.epoch) if is_main() else None
+    writer = open_tensorboard(args, folder, trainer.epoch, "tensorboard" in given) if is_main() else None
     log = open(folder / "train_log.txt" if is_main() else os.devnull, "w" if checkpoint is None else "a", encoding="utf-8",
                errors="backslashreplace")
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)

@@ -1,5 +1,6 @@
 """What two or more of the scripts share. A function comes here when a second script needs it, not before."""
 import argparse
+import collections
 import contextlib
 import errno
 import functools
@@ -69,6 +70,7 @@ class UserError(Exception):
 ERRNO_HINTS = {
     errno.ENOSPC: "the disk is full; free some space and run again",
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EFBIG: "larger than the file system, or a limit set here (ulimit -f), allows",
     errno.EACCES: "permission denied; check the owner and mode, or choose another folder",
     errno.EPERM: "permission denied; check the owner and mode, or choose another folder",
     errno.EEXIST: "a file of that name is in the way; move it away or choose another name",
@@ -130,10 +132,17 @@ def run(main):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, without the usage."""
+    """An ArgumentParser whose complaints are one line, without the usage, and which knows ~, as shells do before = too."""
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, (str, Path)) and str(value).startswith("~"):
+                setattr(found, name, type(value)(os.path.expanduser(value)))
+        return found, rest
 
 
 def true_false(text):
@@ -192,7 +201,11 @@ def pick_device(name):
 
 
 def seeded(device, *key):
-    """A torch.Generator on the device, seeded by any numbers and words: the same key, the same draws."""
+    """A torch.Generator on the device, seeded by any numbers and words: the same key, the same draws.
+
+    On the CPU torch uses 32 bits of the seed, so that of 100,000 keys one pair or so draws alike: of no matter for the noise
+    of two steps far apart.
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -554,10 +567,11 @@ def _open_locked(path, flag):
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-IMAGE_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 DATA_CACHE = "data_cache"           # below save_dir: decoded images
 LATENT_BLOCK = 1000                 # latents drawn at once; another number gives other samples for the same seed
-MANIFEST = "manifest.json"          # in every folder of exported images
+MANIFEST = "manifest.json"          # in every folder of exported images, with these entries and others
+MANIFEST_ENTRIES = {"format", "kind", "count", "done", "seed"}
 # What a folder that these scripts have filled is known by; the folder data set passes such folders over.
 MADE_HERE = {"exported images": {MANIFEST}, "a training run": {"args.json", "train_log.txt"},
              "pictures of test.py": {"test_log.txt"}, "a report of comparison.py": {"report.html", "summary.csv"},
@@ -578,30 +592,41 @@ def list_images(folder, flag="--data_dir", skip_made_here=False):
     """The paths of the image files under a folder, as strings (a Path for each of 60,000 takes a second), sorted by folder
     and name. Hidden files are passed over, links followed (loops are not).
 
-    skip_made_here passes over the folders that these scripts have filled (MADE_HERE), and says so. Raises UserError if
-    there are none.
+    Folders below it that these scripts have filled (MADE_HERE) are passed over, and that is said; with skip_made_here the
+    folder itself as well. Raises UserError if there are no images.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    files, seen = [], set()
+    files, seen, others = [], set(), collections.Counter()
     for here, dirs, names in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(here)
         if real in seen:
             dirs.clear()
             continue
         seen.add(real)
-        made = [f"{what} (by its {' and '.join(sorted(marks))})" for what, marks in MADE_HERE.items() if marks <= {*names}]
-        if made and skip_made_here:
-            print(f"{here}: {made[0]}, not used as data")
+        made = [f"{what} (by its {' and '.join(sorted(marks))})" for what, marks in MADE_HERE.items()
+                if marks <= {*names} and (MANIFEST not in marks or is_manifest(Path(here, MANIFEST)))]
+        if made and (skip_made_here or Path(here) != folder):
+            print(f"{here}: {made[0]}, not among the images")
             dirs.clear()
             continue
         dirs[:] = sorted(d for d in dirs if not d.startswith("."))
         prefix = below(here)
-        files += [prefix + n for n in names
-                  if not n.startswith(".") and os.path.splitext(n)[1].lower() in IMAGE_EXTENSIONS]
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if extension in IMAGE_EXTENSIONS:
+                files.append(prefix + name)
+            else:
+                others[extension] += 1
     if not files:
         raise UserError(f"{flag} {folder}: no images there ({', '.join(sorted(e[1:] for e in IMAGE_EXTENSIONS))})")
+    if passed_over := sorted((others.keys() - {""}) & Image.registered_extensions().keys()):
+        number = sum(others[e] for e in passed_over)
+        print(f"{folder}: {number:,} file{'s' * (number > 1)} of formats that are not read here ({', '.join(passed_over)}), "
+              f"not among the images")
     return sorted(files, key=lambda file: file.replace(os.sep, "\0"))         # by folder: no name has a character before \0
 
 
@@ -611,10 +636,22 @@ def below(folder):
     return "" if folder == "." else os.path.join(folder, "")
 
 
+def is_manifest(path):
+    """Is this an export's manifest, a damaged one perhaps, and not another program's file of that name?"""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(value, dict) and len(MANIFEST_ENTRIES & value.keys()) > 1
+
+
 def read_manifest(folder, count):
     """What an export says of itself, None if the folder is none; a warning where its `count` images are not all of it."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
+        return None
+    if not is_manifest(path):
+        print(f"warning: {path} is no manifest of test.py and says nothing of these images here", file=sys.stderr)
         return None
     manifest = read_json(path)
     if "checksum" not in manifest:
@@ -777,18 +814,18 @@ def _in_threads(work, items):
 
 
 @torch.no_grad()
-def generate_images(model, n, batch_size, seed, temperature=1.0, start=0):
+def generate_images(model, n, batch_size, seed, temperature=1.0, start=0, purpose="samples"):
     """n images of the prior as uint8 batches (B, C, H, W), B <= batch_size; for FID in training and for export alike.
 
     Latents are drawn in blocks, each whole and from a generator of its own on the CPU: the same seed gives the same
     latents whatever the batch size or device, and the same first ones whatever n. start: the first `start` images are
-    passed over, not decoded.
+    passed over, not decoded. Another purpose draws others: a checkpoint chosen by the FID of some is not measured on them.
     """
     prior = model.prior_params()
     rest = prior[0][:0]                                       # latents that wait for a full batch, (b, D)
     for block in range(start // LATENT_BLOCK, math.ceil(n / LATENT_BLOCK)):
         first = block * LATENT_BLOCK
-        z = model.sample_latents(LATENT_BLOCK, temperature, seeded("cpu", seed, "samples", block), prior)
+        z = model.sample_latents(LATENT_BLOCK, temperature, seeded("cpu", seed, purpose, block), prior)
         *full, rest = torch.cat([rest, z[max(start - first, 0):n - first]]).split(batch_size)
         for batch in full:
             yield to_uint8(model.decode(batch))
@@ -973,9 +1010,9 @@ def _hold_out(n, seed):
 def load_data(args, device, cache=None):
     """The training and the held-out images of the --dataset flags: two of MemoryImages or StreamedImages.
 
-    folder: `train` and `test` (or `val`, `valid`, `validation`) below data_dir are the splits; without them all images
-    below it, of which a seeded tenth is held out. A single image is both. cache: see decode_kept. Raises UserError on
-    anything unusable.
+    folder: `train` and `test` (or `val`, `valid`, `validation`; in either case) below data_dir are the splits; without them
+    all images below it, of which a seeded tenth is held out. A single image is both. cache: see decode_kept. Raises
+    UserError on anything unusable.
     """
     channels = args.in_channels or (1 if args.dataset == "digits" else 3)
     for name, low in (("img_size", 1), ("split_seed", 0), ("cache_gb", 0), ("num_workers", 0)):
@@ -984,9 +1021,9 @@ def load_data(args, device, cache=None):
             raise UserError(f"--{name} {value}: must be {low} or more")
     if args.dataset == "folder":
         root = Path(args.data_dir)
-        train_dir = root / "train"
-        test_dir = next((root / n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), None)
-        if train_dir.is_dir():
+        splits = {path.name.lower(): path for path in sorted(root.glob("*"), reverse=True) if path.is_dir()}
+        test_dir = next((splits[n] for n in ("test", "val", "valid", "validation") if n in splits), None)
+        if train_dir := splits.get("train"):
             paths = list_images(train_dir, skip_made_here=True)
             test_paths = list_images(test_dir, skip_made_here=True) if test_dir else None
         else:
@@ -1025,9 +1062,15 @@ CHECKPOINT_KEYS = {"model": dict, "ema": (dict, type(None)), "epoch": int, "step
 
 
 def save_checkpoint(path, checkpoint):
-    """torch.save, atomically."""
+    """torch.save, atomically. An OSError is the one that the disk gave, which torch.save covers with one of its own."""
     with atomic_write(path) as f:
-        torch.save(checkpoint, f)
+        try:
+            torch.save(checkpoint, f)
+        except RuntimeError as e:
+            cause = e
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or e from None
 
 
 def read_checkpoint(path, device="cpu", resumable=False):
@@ -1038,6 +1081,9 @@ def read_checkpoint(path, device="cpu", resumable=False):
     its optimiser state if it is to be resumed from.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a checkpoint; name a file in it" + (f", {path / 'last.pth'}" if (
+            path / "last.pth").is_file() else ""))
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
         raise UserError(f"{path}: no such checkpoint" + (f"; beside it lies {', '.join(near)}" if near else ""))

@@ -102,7 +102,8 @@ def test_listing_ignores_hidden_files_our_own_folders_and_loops(tmp_path, capsys
     for name, marks in made.items():
         write_images(tmp_path / name, 3, size=4)
         for mark in marks:
-            (tmp_path / name / mark).write_text("{}")
+            (tmp_path / name / mark).write_text('{"kind": "samples", "count": 3}')
+    (tmp_path / "a" / MANIFEST).write_text('[{"file": "00000.png", "kind": 1, "count": 2}]')        # another program's
     (tmp_path / "a" / ".hidden.png").write_bytes(b"")
     (tmp_path / "a" / "notes.txt").write_text("")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
@@ -111,8 +112,21 @@ def test_listing_ignores_hidden_files_our_own_folders_and_loops(tmp_path, capsys
     assert found == ["00000.png", "00001.png", "UPPER.JPG"]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 5 and "exported images (by its manifest.json)" in said[4]
-    assert f"{tmp_path / 'my_run'}: a training run (by its args.json and train_log.txt), not used as data" in said
-    assert len(list_images(tmp_path)) == 3 + 5 * 3
+    assert f"{tmp_path / 'my_run'}: a training run (by its args.json and train_log.txt), not among the images" in said
+    assert len(list_images(tmp_path)) == 3
+    assert len(list_images(tmp_path / "real_cifar")) == len(list_images(tmp_path / "my_run")) == 3
+    with pytest.raises(UserError, match="no images there"):
+        list_images(tmp_path / "real_cifar", skip_made_here=True)
+    (tmp_path / "a" / "loop").unlink()
+    capsys.readouterr()
+    for name in ("x.tga", "y.TGA", "z.jp2", "labels.csv", "none"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    for name in ("a.gif", "b.jfif", "c.JPE"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "a" / name, "GIF" if name == "a.gif" else "JPEG")
+    files = list_images(tmp_path / "a")
+    assert len(files) == 6 and decode_images(files).shape == (6, 3, 4, 4)
+    assert capsys.readouterr().out == (f"{tmp_path / 'a'}: 3 files of formats that are not read here (.jp2, .tga), not among "
+                                       f"the images\n")
 
 
 def test_folder_splits(tmp_path):
@@ -127,6 +141,9 @@ def test_folder_splits(tmp_path):
     assert not torch.equal(other[1].images, held.images) and other[0].fingerprint != train.fingerprint
     write_images(tmp_path / "split" / "train" / "cat", 4, size=8)
     write_images(tmp_path / "split" / "val" / "cat", 2, size=8, seed=1)
+    assert [len(x) for x in load_data(flags(tmp_path / "split"), "cpu")] == [4, 2]
+    (tmp_path / "split/train").rename(tmp_path / "split/TRAIN")
+    (tmp_path / "split/val").rename(tmp_path / "split/Test")
     assert [len(x) for x in load_data(flags(tmp_path / "split"), "cpu")] == [4, 2]
     write_images(tmp_path / "one", 1, size=8)
     assert [len(x) for x in load_data(flags(tmp_path / "one"), "cpu")] == [1, 1]

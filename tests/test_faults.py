@@ -257,7 +257,8 @@ def of_pr(call, trained, folder, monkeypatch, file):
         numbers = json.loads(out.read_text()) if code == 0 else {"metrics": right}
         assert not right or numbers["metrics"] == right
         right.update(numbers["metrics"])
-        return code, stderr, numbers if code == 0 and "has no checksum" not in stderr else None
+        said = "has no checksum" in stderr or "is no manifest of test.py" in stderr
+        return code, stderr, numbers if code == 0 and not said else None
     run()
     return sorted(folder.glob(file))[0], run
 
@@ -353,7 +354,7 @@ def test_damaged_files_for_a_minute_each(name, call, trained, tmp_path, monkeypa
 
 
 KINDS_OF_IMAGE = {"a.png": {}, "a.JPG": {"format": "JPEG"}, "a.bmp": {}, "a.tif": {}, "lzw.tif": {"compression": "tiff_lzw"},
-                  "jpeg.tiff": {"compression": "jpeg"}, "a.webp": {}, "a.ppm": {}, "a.pgm": {}}
+                  "jpeg.tiff": {"compression": "jpeg"}, "a.webp": {}, "a.ppm": {}, "a.pgm": {}, "a.gif": {}}
 
 
 def test_damaged_images_of_every_kind_are_read_or_named(tmp_path):
@@ -588,11 +589,32 @@ def test_a_training_state_that_is_none_is_refused(change, checkpoint, call, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 
 
+def test_exports_below_a_folder_are_none_of_its_images(call, tmp_path, monkeypatch):
+    """test.py exports below the data by default. What another program calls manifest.json marks nothing."""
+    monkeypatch.setattr(PR_Calculate, "InceptionFeatures", Means)
+    write_images(tmp_path / "photos/cats", 6, size=8)
+    (tmp_path / "photos/cats/manifest.json").write_text('[{"file": "00000.png"}]')
+    fake = write_images(tmp_path / "photos/fake_cifar", 5, size=8, seed=1)
+    write_json(fake / "manifest.json", {"kind": "samples", "count": 5, "done": 5})
+    code, stdout, _ = call(PR_Calculate.main, "--real_dir", tmp_path / "photos", "--fake_dir", fake, "--pca_dim", 0, "--device",
+                           "cpu", "--nearest_k", 3)
+    assert code == 0 and "5 generated images against 6 real ones" in stdout
+    assert stdout.count(f"{fake}: exported images (by its manifest.json), not among the images") == 1
+    code, stdout, _ = call(csv_analysis.main, "--gen", tmp_path / "photos", "--out_dir", tmp_path / "out", "--tag", "t")
+    assert code == 0 and "6 images" in stdout and "not among the images" in stdout
+    (tmp_path / "photos/cats/manifest.json").write_text('{"checksum": "of mine"}')
+    code, stdout, stderr = call(csv_analysis.main, "--gen", tmp_path / "photos/cats", "--out_dir", tmp_path / "out", "--tag",
+                                "c")
+    assert code == 0 and "6 images" in stdout
+    assert stderr == f"warning: {tmp_path / 'photos/cats/manifest.json'} is no manifest of test.py and says nothing of these " \
+                     "images here\n"
+
+
 def test_json_without_a_checksum_is_taken_aloud(call, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(PR_Calculate, "InceptionFeatures", Means)
     fake, caches = tmp_path / "fake", tmp_path / "caches"
     write_images(fake, 6, size=8)
-    (fake / "manifest.json").write_text('{"kind": "samples"}')
+    (fake / "manifest.json").write_text('{"kind": "samples", "count": 6}')
     _, _, stderr = call(PR_Calculate.main, "--real_dir", fake, "--fake_dir", fake, "--pca_dim", 0, "--device", "cpu")
     assert f"warning: {fake / 'manifest.json'} has no checksum" in stderr
     assert call(csv_analysis.main, "--gen", fake, "--out_dir", caches, "--tag", "real")[0] == 0
@@ -736,7 +758,7 @@ def test_odd_names_and_links_are_read_by_every_script(tmp_path, call, monkeypatc
     assert code == 0 and f"{n} generated images against {n} real ones" in stdout
     exported = folder / os.fsdecode(b"exported \xfe")
     write_images(exported, 2, size=8)
-    write_json(exported / "manifest.json", {})
+    write_json(exported / "manifest.json", {"kind": "samples", "count": 2})
     for gb in (4, 0):                                           # kept, and streamed
         code, stdout, stderr = call(train.main, *TINY, "--dataset", "folder", "--data_dir", folder, "--epochs", 1, "--cache_gb",
                                     gb, "--num_workers", 0, "--save_dir", folder / "runs", "--exp_name", f"run {gb}")

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_train import TINY, assert_same_run, history, main, weights
 
 import train
-from utils import UserError
+from utils import ERRNO_HINTS, UserError, save_checkpoint
 
 KILLER = """
 import fnmatch, json, os, signal, sys, threading, time
@@ -151,6 +152,30 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(images, monkeypatch, tmp
     assert "last.pth: the disk is full" in error[-1]
     run = tmp_path / "results/run"
     assert weights(run / "last.pth")["epoch"] == 2 and not leftovers(run)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_a_write_that_fails_inside_torch_save_names_the_file(tmp_path):
+    """A limit on the size of files, which fails as a full disk does: where torch.save writes, not at the end. There it raises
+    an error of its own over the disk's."""
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "last.pth"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            save_checkpoint(path, {str(i): torch.zeros(2 ** 14) for i in range(20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG in ERRNO_HINTS and error.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="of ours"):                          # no disk's fault
+        save_checkpoint(path, {"x": Unsaveable()})
+
+
+class Unsaveable:
+    def __reduce__(self):
+        raise RuntimeError("of ours")
 
 
 def test_folder_deleted_while_running_is_one_line(images, tmp_path):

@@ -570,8 +570,8 @@ def test_variants(flags, space, data, monkeypatch, tmp_path, capsys):
          "--tag", "a$_$")                                            # no formula, which would be a broken one
     folder = tmp_path / "results" / "run" / "test"
     assert f"latent map at {space}" in capsys.readouterr().out
-    assert all((folder / f"{n}.png").stat().st_size > 3000 for n in ("components", "nearest", "latent_map", "diagnostics"))
-    written = json.loads((folder / "diagnostics.json").read_text())
+    assert all((folder / f"{n}.png").stat().st_size > 3000 for n in ("components", "nearest", "latent_map", "diagnostics_a$_$"))
+    written = json.loads((folder / "diagnostics_a$_$.json").read_text())
     result, protocol = written["diagnostics"], written["protocol"]
     assert protocol["images"] == 20 and protocol["split"] == "test" and len(protocol["checkpoint_sha256"]) == 64
     assert protocol["weights"] == ("raw" if "0" in flags else "ema")
@@ -584,7 +584,7 @@ def test_variants(flags, space, data, monkeypatch, tmp_path, capsys):
     else:
         assert result["round_trip_error_float32"] < 1e-3 and result["round_trip_error_float64"] < 1e-10
         assert len(result["saturated_share_per_layer"]) == 2
-    nll = json.loads((folder / "nll.json").read_text())
+    nll = json.loads((folder / "nll_a$_$.json").read_text())
     bound, elbo = nll["nll"]["importance_weighted"], nll["nll"]["negative_elbo"]
     assert bound["nats_per_image"] <= elbo["nats_per_image"]
     values = 64 * (1 if "--in_channels" in flags else 3)
@@ -915,23 +915,66 @@ def test_evaluation_equals_pr_calculate_on_the_exports(fake_hub, checkpoint, dat
     assert written["protocol"]["data_is_training_data"] is True
     # Of other samples it is another evaluation, which replaces none unasked.
     flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--evaluate", "--eval_images", 16, "--fid_dims", 64,
-             "--pca_dim", 8, "--tag", "ours"]
+             "--pca_dim", 8, "--tag", "ours", "--k", 13, "--nearest_k", 14]
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"evaluation_ours.json is the evaluation of another temperature \(1.0, not 0.5\), "
+    with pytest.raises(UserError, match=r"evaluation_ours.json was measured with another temperature \(1.0, not 0.5\), "
                                         r"seed \(0, not 1\); another --tag keeps both"):
         main(monkeypatch, tmp_path, checkpoint, *flags, "--temperature", 0.5, "--seed", 1)
+    for name, value, said in (("eval_images", 20, r"images \(16, not 20\)"),
+                              ("real_split", "test", r"split \(train, not test\)"), ("k", 2, r"k \(13, not 2\)"),
+                              ("nearest_k", 3, r"nearest_k \(14, not 3\)"),
+                              ("pca_dim", 4, r"pca \(8, not 4\)"), ("pca_dim", 0, r"pca \(8, not 0\)"),
+                              ("fid_dims", 192, r"dims \(64, not 192\)"), ("weights", "raw", r"weights \(ema, not raw\)")):
+        with pytest.raises(UserError, match=f"evaluation_ours.json was measured with another {said};"):
+            main(monkeypatch, tmp_path, checkpoint, *flags, f"--{name}", value)
     quality = tmp_path / "results" / "single_image_quality" / path.name
-    with pytest.raises(UserError, match="single_image_quality/evaluation_ours.json is the evaluation of another seed"):
+    with pytest.raises(UserError, match="single_image_quality/evaluation_ours.json was measured with another seed"):
         main(monkeypatch, tmp_path, checkpoint, *flags, "--seed", 1, "--eval_out", tmp_path / "e.json")
     assert quality.read_bytes() == before
     for odd in ({"protocol": None}, {"protocol": [1]}, {"protocol": {"fake": None}}):
         write_json(tmp_path / "e.json", odd)
-        with pytest.raises(UserError, match="e.json is the evaluation of another checkpoint_sha256"):
+        with pytest.raises(UserError, match="e.json was measured with another checkpoint_sha256"):
             main(monkeypatch, tmp_path, checkpoint, *flags, "--eval_out", tmp_path / "e.json")
     main(monkeypatch, tmp_path, checkpoint, *flags)
     assert json.loads(path.read_text())["metrics"]["fid"] == pytest.approx(written["metrics"]["fid"], rel=1e-4)
     main(monkeypatch, tmp_path, checkpoint, *flags, "--temperature", 0.5, "--overwrite")
     assert json.loads(path.read_text())["protocol"]["fake"]["temperature"] == 0.5 and path.read_bytes() != before
+
+
+def test_a_renamed_run_goes_by_its_new_name(checkpoint, monkeypatch, tmp_path, capsys):
+    """Another run may have the old one, and results there."""
+    renamed = checkpoint.parent.rename(checkpoint.parents[1] / "renamed") / checkpoint.name
+    main(monkeypatch, tmp_path, renamed, *QUIET, "--do_real", "False", "--do_fake", "False", "--diagnose")
+    written = json.loads((renamed.parent / "test/diagnostics.json").read_text())
+    assert written["tag"] == "renamed" and not (tmp_path / "results/run").exists()
+    capsys.readouterr()
+    moved = tmp_path / "elsewhere.pth"                          # in no folder of a run: by the name that it was trained under
+    renamed.rename(moved)
+    main(monkeypatch, tmp_path, moved, *QUIET, "--do_real", "False", "--num_samples", 5)
+    assert "--tag run" in capsys.readouterr().out and (tmp_path / "results/run/test/test_log.txt").is_file()
+
+
+def test_numbers_measured_otherwise_are_not_replaced(checkpoint, monkeypatch, tmp_path):
+    flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--nll", "--nll_samples", 3, "--nll_images", 4, "--diagnose",
+             "--diagnose_images", 12]
+    folder = tmp_path / "results/run/test"
+    for _ in range(2):                                          # the same again is no loss
+        main(monkeypatch, tmp_path, checkpoint, *flags)
+    before = state(folder)
+    for more, name, said in ((["--nll_samples", 2], "nll", r"importance_samples \(3, not 2\)"),
+                             (["--nll_images", 5], "nll", r"images \(4, not 5\)"), (["--seed", 1], "nll", r"seed \(0, not 1\)"),
+                             (["--weights", "raw"], "nll", r"weights \(ema, not raw\)"),
+                             (["--diagnose_images", 10], "diagnostics", r"images \(12, not 10\)")):
+        with pytest.raises(UserError, match=f"test/{name}.json was measured with another {said}; another --tag keeps both"):
+            main(monkeypatch, tmp_path, checkpoint, *flags, *more)
+    assert {p: s for p, s in state(folder).items() if p.name != "test_log.txt"} == {
+        p: s for p, s in before.items() if p.name != "test_log.txt"}
+    main(monkeypatch, tmp_path, checkpoint, *flags, "--weights", "raw", "--tag", "raw")
+    assert json.loads((folder / "nll_raw.json").read_text())["protocol"]["weights"] == "raw"
+    assert json.loads((folder / "diagnostics_raw.json").read_text())["tag"] == "raw"
+    assert (folder / "diagnostics_raw.png").is_file()
+    main(monkeypatch, tmp_path, checkpoint, *flags, "--nll_samples", 2, "--overwrite")
+    assert json.loads((folder / "nll.json").read_text())["protocol"]["importance_samples"] == 2
 
 
 class Recorder:
@@ -964,7 +1007,7 @@ def test_evaluation_is_of_the_first_exported_images(checkpoint, data, monkeypatc
         assert metrics["fid"] == pytest.approx(frechet_distance(*statistics[0], *statistics[1]))
         if n > 30:                                              # of 60, and 12 held out: no other n images are left
             assert metrics["fid_prior_gap"] is None and protocol["reconstructed"]["choice"] == script.PAIRED
-            report = script.Report(tmp_path, io.StringIO(), "t", "", {})
+            report = script.Report(tmp_path, io.StringIO(), "t", "", "", {})
             script.report_evaluation(args, report, model, data_set(data)[0], network, features, [tmp_path / "e.json"] * 2)
             assert "of the reference images themselves" in report.log.getvalue()
         else:

@@ -234,7 +234,7 @@ def test_training_fid_equals_pytorch_fid_on_exported_images(monkeypatch, tmp_pat
     assert best["epoch"] == 1 + fids.index(min(fids)) and best["history"][-1]["fid"] == min(fids)
     model, _ = load_model(run / "best_fid.pth", "cpu")
     fake.mkdir()
-    images = torch.cat(list(generate_images(model, 80, batch_size=7, seed=0)))
+    images = torch.cat(list(generate_images(model, 80, batch_size=7, seed=0, purpose="fid")))
     for i, image in enumerate(images):
         save_png(fake / f"{i:05d}.png", image)
     done = subprocess.run([sys.executable, "-m", "pytorch_fid", real, fake, "--dims", "64", "--device", "cpu",
@@ -543,10 +543,13 @@ def test_new_run_never_overwrites_an_old_one_unasked(data, monkeypatch, tmp_path
     with pytest.raises(UserError, match="already holds a run"):
         main(monkeypatch, tmp_path, *flags)
     assert (tmp_path / "results/CrossVampVAE/last.pth").read_bytes() == before
-    (tmp_path / "results/CrossVampVAE/best_fid.pth").write_bytes(b"of the old run")
+    old = [tmp_path / "results/CrossVampVAE" / name for name in ("best_fid.pth", "test/nll_x.json", "test/nearest.png")]
+    old[1].parent.mkdir()
+    for path in old:
+        path.write_bytes(b"of the old run")
     main(monkeypatch, tmp_path, *flags, "--overwrite", "--seed", 1)
     assert (tmp_path / "results/CrossVampVAE/last.pth").read_bytes() != before
-    assert not (tmp_path / "results/CrossVampVAE/best_fid.pth").exists()
+    assert not any(path.exists() for path in old)
     # Neither is a run that kept only its best checkpoint, nor one with a name of its own by --demo.
     last = tmp_path / "results/CrossVampVAE/last.pth"
     last.rename(last.with_name("best_fid.pth"))
@@ -558,6 +561,62 @@ def test_new_run_never_overwrites_an_old_one_unasked(data, monkeypatch, tmp_path
         with pytest.raises(UserError, match="already holds a run"):
             main(monkeypatch, tmp_path, "--demo", *TINY, *more)
     assert last.with_name("best_fid.pth").exists()
+
+
+def test_the_demo_replaces_itself_and_no_other(monkeypatch, tmp_path):
+    flags = ["--demo", *TINY, "--batch_size", 400, "--sample_every", 0, "--no-tensorboard", "--epochs", 1]
+    for more in ([], ["--threads", 1]):                         # the second replaces the first
+        main(monkeypatch, tmp_path, *flags, *more)
+    last = tmp_path / "results/demo/last.pth"
+    before = last.read_bytes()
+    for more, said in ((["--seed", 1], r"--seed \(0, not 1\)"), (["--epochs", 2], r"--epochs \(1, not 2\)"),
+                       (["--preset", "best"], r"--prior \(vamp, not mog\)")):
+        with pytest.raises(UserError, match=f"results/demo holds a demo with other flags: .*{said}.*--overwrite replaces it"):
+            main(monkeypatch, tmp_path, *flags, *more)
+    assert last.read_bytes() == before
+    main(monkeypatch, tmp_path, *flags, "--seed", 1, "--overwrite")
+    assert last.read_bytes() != before
+
+
+def test_a_checkpoint_by_another_name_goes_on_where_it_is_told_to(data, monkeypatch, tmp_path):
+    """Beside it may lie the checkpoints of another run."""
+    flags = ["--epochs", 2, "--stop_epoch", 1, "--warmup_epochs", 1, "--sample_every", 0, "--no-tensorboard"]
+    main(monkeypatch, tmp_path, *data, *flags)
+    models = tmp_path / "models"
+    models.mkdir()
+    other = models / "mine.pth"
+    for path in (other, models / "last.pth"):
+        shutil.copy(tmp_path / "results/CrossVampVAE/last.pth", path)
+    before = (models / "last.pth").read_bytes()
+    with pytest.raises(UserError, match="mine.pth: no name that a run gives its checkpoints; say with --exp_name"):
+        main(monkeypatch, tmp_path, "--resume", other)
+    with pytest.raises(UserError, match="models already holds a run"):
+        main(monkeypatch, tmp_path, "--resume", other, "--exp_name", "models", "--save_dir", tmp_path)
+    with pytest.raises(UserError, match=f"{models}: a folder, not a checkpoint; name a file in it, {models / 'last.pth'}"):
+        main(monkeypatch, tmp_path, "--resume", models)
+    assert (models / "last.pth").read_bytes() == before
+    # What a failed attempt left there, all but a checkpoint, is no run.
+    again = tmp_path / "results/again"
+    again.mkdir()
+    (again / "history.csv").write_text("epoch\n")
+    main(monkeypatch, tmp_path, "--resume", other, "--exp_name", "again", "--save_dir", "results")
+    main(monkeypatch, tmp_path, "--resume", tmp_path / "results/CrossVampVAE/last.pth")
+    assert_same_run(again, tmp_path / "results/CrossVampVAE")
+
+
+def test_a_tilde_is_the_home_folder(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    args, _ = train.parse_args(["--save_dir=~/results", "--data_dir", "~", "--fit_prior", "a~b"])
+    assert (args.save_dir, args.data_dir, args.fit_prior) == (str(tmp_path / "home/results"), str(tmp_path / "home"), "a~b")
+
+
+def test_tensorboard_that_is_missing_is_said_where_it_was_asked_for(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for asked, said in ((False, ""), (True, "note: --tensorboard needs TensorBoard (pip install tensorboard); going on without "
+                                            "it\n")):
+        assert train.open_tensorboard(argparse.Namespace(tensorboard=True), tmp_path, 0, asked) is None
+        assert capsys.readouterr().out == said
 
 
 def test_what_cannot_be_looked_at_stops_no_run(data, monkeypatch, tmp_path):
@@ -970,7 +1029,7 @@ def test_second_stage_refuses_what_it_cannot_continue(data, monkeypatch, tmp_pat
             main(monkeypatch, tmp_path, *flags, *more, "--fit_prior", other)
     main(monkeypatch, tmp_path, *flags, "--flow_length", 0, "--exp_name", "demo")
     with pytest.raises(UserError, match="--exp_name demo: would replace the first stage"):
-        main(monkeypatch, tmp_path, "--demo", *flags, "--fit_prior", "results/demo/last.pth")
+        main(monkeypatch, tmp_path, "--demo", *flags, "--fit_prior", "results/demo/last.pth", "--overwrite")
     checkpoint = weights(other)
     checkpoint["ema"]["encoder.head.bias"][0] = float("nan")
     save_checkpoint(tmp_path / "diverged.pth", checkpoint)

@@ -161,7 +161,7 @@ def test_statistics_of_other_images_or_another_network_are_not_taken_for_these(t
             return torch.stack([x.float()[:, :, i::self.step].mean((1, 2, 3)) for i in (0, 1)], 1)
 
     trainer = make_trainer("--save_dir", tmp_path, "--fid_samples", 30, "--seed", 3)
-    fake = torch.cat(list(generate_images(trainer.ema, 30, 500, 3)))
+    fake = torch.cat(list(generate_images(trainer.ema, 30, 500, 3, purpose="fid")))
     for data, network in ((MemoryImages(images(30)), Network("a", 2)), (MemoryImages(images(30, 1)), Network("a", 2)),
                           (MemoryImages(images(30)), Network("b", 3))):
         expected = frechet_distance(*(v for x in (data.images, fake) for v in mean_and_covariance(network(x).numpy())))
@@ -304,8 +304,8 @@ def test_pictures_are_due_every_so_many_epochs_and_at_the_end():
 
 def test_nothing_of_an_old_run_is_left_beside_a_new_one(tmp_path):
     theirs = ["last.pth", "best_fid.pth", "step_000000005.pth", "args.json", "history.csv", "train_log.txt", "curves.png",
-              "samples/recon_0010.png", "tensorboard/events.out.1"]
-    kept = {"notes.txt", "test/diagnostics.json"}
+              "samples/recon_0010.png", "tensorboard/events.out.1", "test/diagnostics.json", "test/test_log.txt"]
+    kept = {"notes.txt", "test/notes.txt"}
     for name in [*theirs, *kept]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
