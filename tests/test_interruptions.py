@@ -155,13 +155,14 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(images, monkeypatch, tmp
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
-def test_a_write_that_fails_inside_torch_save_names_the_file(tmp_path):
+@pytest.mark.parametrize("limit", [2 ** 16, 300_000, 1_310_620])
+def test_a_write_that_fails_inside_torch_save_names_the_file(limit, tmp_path):
     """A limit on the size of files, which fails as a full disk does: where torch.save writes, not at the end. There it raises
     an error of its own over the disk's."""
     import resource
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "last.pth"
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(OSError) as error:
             save_checkpoint(path, {str(i): torch.zeros(2 ** 14) for i in range(20)})
