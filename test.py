@@ -1096,7 +1096,7 @@ def require_same_protocol(path, wanted):
     found = dict(protocol) if isinstance(protocol, dict) else {}
     for part in ("reconstructed", "features", "fake", "real"):
         found.update(found[part] if isinstance(found.get(part), dict) else {})
-    found["pca"] = str(found.get("pca")).split()[0].replace("none", "0")
+    found["pca"] = str(found.get("pca")).partition(" ")[0].replace("none", "0")
     differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in wanted.items() if found.get(k) != v]
     if differs:
         raise UserError(f"{path} was measured with another {', '.join(differs)}; another --tag keeps both, --overwrite "
@@ -1145,13 +1145,18 @@ class Report(NamedTuple):
         print(text, file=self.log, flush=True)
 
 
+def fitted_on(args, sets):
+    """What the Laplace scale of the likelihood is fitted on, in words."""
+    return f"{min(args.nll_fit_images, len(sets['train']))} training images"
+
+
 def report_likelihood(args, report, model, sets):
     """nll.json. All processes share the work."""
     result = estimate_nll(args, model, sets)
     n = len(spread(args.nll_images, len(sets["test"])))
     protocol = {"images": n, "split": "test", "choice": "all" if n == len(sets["test"]) else "evenly spaced",
                 "importance_samples": args.nll_samples, "data": sets["test"].fingerprint,
-                "scale_fitted_on": f"{min(args.nll_fit_images, len(sets['train']))} training images", **report.provenance}
+                "scale_fitted_on": fitted_on(args, sets), **report.provenance}
     if is_main():
         write_json(report.folder / f"nll{report.suffix}.json", {"tag": report.tag, "nll": result, "protocol": protocol})
     for name, words in (("importance_weighted", f"-log p(x) at most, {args.nll_samples} importance samples"),
@@ -1219,8 +1224,8 @@ def export_and_measure(args, locks):
     if missing:
         raise UserError(f"{args.resume}: its args lack {', '.join(missing)}; not a checkpoint of this train.py")
     exp_name = str(checkpoint["args"]["exp_name"])
-    place = Path(args.resume).resolve().parent
-    if place.parent == Path(args.save_dir).resolve():           # a run that was renamed goes by its new name
+    place = Path(args.resume).absolute().parent
+    if place.parent.resolve() == Path(args.save_dir).resolve():         # a run that was renamed goes by its new name
         exp_name = place.name
     require_plain_name(f"{args.resume}: exp_name", exp_name)
     tag = args.tag or exp_name
@@ -1255,14 +1260,15 @@ def export_and_measure(args, locks):
         evaluations = (eval_out, quality / f"evaluation_{tag}.json")
         for path in evaluations if not args.overwrite else ():
             require_same_protocol(path, samples | {
-                "images": N, "split": args.real_split, "dims": args.fid_dims, "k": args.k, "nearest_k": args.nearest_k,
-                "pca": str(args.pca_dim)})
-    measured_on = {**identity, "seed": args.seed}
+                "images": N, "split": args.real_split, "content": sets[args.real_split].fingerprint, "dims": args.fid_dims,
+                "k": args.k, "nearest_k": args.nearest_k, "pca": str(args.pca_dim)})
     if args.nll and not args.overwrite:
-        require_same_protocol(folder / f"nll{suffix}.json", measured_on | {
+        require_same_protocol(folder / f"nll{suffix}.json", {
+            **identity, "seed": args.seed, "data": sets["test"].fingerprint, "scale_fitted_on": fitted_on(args, sets),
             "images": len(spread(args.nll_images, len(sets["test"]))), "importance_samples": args.nll_samples})
     if args.diagnose and not args.overwrite:
-        require_same_protocol(folder / f"diagnostics{suffix}.json", measured_on | {
+        require_same_protocol(folder / f"diagnostics{suffix}.json", {
+            **identity, "seed": args.seed, "data": sets["test"].fingerprint,
             "images": len(spread(args.diagnose_images, len(sets["test"])))})
 
     if measured and is_main():                                  # else only lines are added to the log

@@ -328,10 +328,10 @@ def files_of_run(folder):
 
 def require_the_same_demo(args, folder):
     """Raise UserError if the demo that lies there, which --demo replaces, was trained with other flags."""
-    if not (folder / "args.json").exists():
+    if not (any(folder.glob("*.pth")) and (folder / "args.json").exists()):
         return
     saved = read_json(folder / "args.json")
-    changed = sorted(k for k, v in vars(args).items() if k in saved and k not in MAY_DIFFER and v is not None and saved[k] != v)
+    changed = sorted(k for k, v in vars(args).items() if k in saved and k not in MAY_DIFFER and saved[k] != v)
     if changed:
         raise UserError(f"{folder} holds a demo with other flags: " + ", ".join(
             f"--{k} ({saved[k]}, not {getattr(args, k)})" for k in changed) + "; another --exp_name keeps both, --overwrite "
@@ -353,8 +353,6 @@ def resolve_resume(args, given):
     if args.resume is None:
         seen = files_of_run(own)
         require_empty(own, fresh)
-        if args.demo and args.overwrite and "overwrite" not in given:
-            require_the_same_demo(args, own)
         return None, None, seen
     path = own / "last.pth" if args.resume == "auto" else Path(args.resume)
     seen = files_of_run(path.parent)
@@ -382,10 +380,10 @@ def resolve_resume(args, given):
     if args.resume != "auto":                               # what was not given comes from where the checkpoint lies
         source = path.absolute().parent
         in_its_run = re.fullmatch(r"last\.pth|step_\d+\.pth", path.name)
-        if not in_its_run and not given & {"save_dir", "exp_name"}:
-            raise UserError(f"--resume {path}: no name that a run gives its checkpoints; say with --exp_name, and --save_dir, "
-                            f"where the run is to go on")
-        args.save_dir = args.save_dir if "save_dir" in given else str(source.parent)
+        if not in_its_run and "exp_name" not in given:
+            raise UserError(f"--resume {path}: no name that a run gives its checkpoints; say with --exp_name how the run that "
+                            f"goes on from it is called (in --save_dir {args.save_dir})")
+        args.save_dir = args.save_dir if "save_dir" in given or not in_its_run else str(source.parent)
         args.exp_name = args.exp_name if "exp_name" in given else source.name
         if not in_its_run or Path(args.save_dir, args.exp_name).resolve() != source.resolve():
             seen = files_of_run(Path(args.save_dir, args.exp_name))
@@ -1329,8 +1327,7 @@ def open_tensorboard(args, folder, epoch, asked):
 
 def remove_old_run(folder):
     """Delete what an earlier run left in the folder: a stale best_fid.pth beside a new run would be mistaken for its."""
-    for pattern in ("*.pth", "args.json", "history.csv", "train_log.txt", "curves.png", "samples/*.png", "tensorboard/events*",
-                    "test/*.json", "test/*.png", "test/test_log.txt"):
+    for pattern in ("*.pth", "args.json", "history.csv", "train_log.txt", "curves.png", "samples/*.png", "tensorboard/events*"):
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -1495,6 +1492,8 @@ def train(stack):
         require_first_stages_data(args, given, first_stage, data)
     if "fit_prior" in given:                                  # as it is kept: the same file from whatever folder
         args.fit_prior = os.path.abspath(args.fit_prior)
+    if args.demo and checkpoint is None and args.overwrite and "overwrite" not in given:
+        require_the_same_demo(args, Path(args.save_dir, args.exp_name))
     if extractor and len(data) < 2:
         raise UserError(f"--data_dir {args.data_dir}: FID needs at least two training images; use --fid_every 0")
     batch_size = min(args.batch_size, len(data))

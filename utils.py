@@ -567,11 +567,14 @@ def _open_locked(path, flag):
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
+# Of other formats, what is counted where it lies among images: that it is not read should not go unsaid.
+OTHER_IMAGES = {".arw", ".avif", ".cr2", ".dng", ".exr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".nef", ".pbm",
+                ".pcx", ".pnm", ".psd", ".svg", ".tga"}
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 DATA_CACHE = "data_cache"           # below save_dir: decoded images
 LATENT_BLOCK = 1000                 # latents drawn at once; another number gives other samples for the same seed
-MANIFEST = "manifest.json"          # in every folder of exported images, with these entries and others
-MANIFEST_ENTRIES = {"format", "kind", "count", "done", "seed"}
+MANIFEST = "manifest.json"          # in every folder of exported images; its "kind" is one of these
+KINDS = ("real", "samples", "reconstructions")
 # What a folder that these scripts have filled is known by; the folder data set passes such folders over.
 MADE_HERE = {"exported images": {MANIFEST}, "a training run": {"args.json", "train_log.txt"},
              "pictures of test.py": {"test_log.txt"}, "a report of comparison.py": {"report.html", "summary.csv"},
@@ -623,7 +626,7 @@ def list_images(folder, flag="--data_dir", skip_made_here=False):
                 others[extension] += 1
     if not files:
         raise UserError(f"{flag} {folder}: no images there ({', '.join(sorted(e[1:] for e in IMAGE_EXTENSIONS))})")
-    if passed_over := sorted((others.keys() - {""}) & Image.registered_extensions().keys()):
+    if passed_over := sorted(others.keys() & OTHER_IMAGES):
         number = sum(others[e] for e in passed_over)
         print(f"{folder}: {number:,} file{'s' * (number > 1)} of formats that are not read here ({', '.join(passed_over)}), "
               f"not among the images")
@@ -639,10 +642,14 @@ def below(folder):
 def is_manifest(path):
     """Is this an export's manifest, a damaged one perhaps, and not another program's file of that name?"""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    except OSError:
+        return False
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError):
-        return True
-    return isinstance(value, dict) and len(MANIFEST_ENTRIES & value.keys()) > 1
+        return b'"kind' in content or b'"done"' in content
+    return isinstance(value, dict) and ("done" in value if "kind" not in value else value["kind"] in KINDS)
 
 
 def read_manifest(folder, count):
@@ -1007,12 +1014,27 @@ def _hold_out(n, seed):
     return sorted(order[held:].tolist()), sorted(order[:held].tolist())
 
 
+def _find_splits(root):
+    """The folders `train` and `test` (or `val`, `valid`, `validation`) below root, each None if it is not there. Both in
+    capitals or such are the splits too, and that is said; one alone may be a class of vehicles."""
+    names = sorted(e.name for e in os.scandir(root) if e.is_dir()) if root.is_dir() else []
+    folders = {}
+    for spelling in (str.lower, str):                     # the exact name, where there is one, comes last and stays
+        folders.update({spelling(name): root / name for name in names})
+    train = folders.get("train")
+    test = next((folders[n] for n in ("test", "val", "valid", "validation") if n in folders), None)
+    if train and train.name != "train":
+        if not test:
+            return None, None
+        print(f"{root}: {train.name} and {test.name} are taken as its splits")
+    return train, test
+
+
 def load_data(args, device, cache=None):
     """The training and the held-out images of the --dataset flags: two of MemoryImages or StreamedImages.
 
-    folder: `train` and `test` (or `val`, `valid`, `validation`; in either case) below data_dir are the splits; without them
-    all images below it, of which a seeded tenth is held out. A single image is both. cache: see decode_kept. Raises
-    UserError on anything unusable.
+    folder: the splits that _find_splits finds below data_dir; without them all images below it, of which a seeded tenth is
+    held out. A single image is both. cache: see decode_kept. Raises UserError on anything unusable.
     """
     channels = args.in_channels or (1 if args.dataset == "digits" else 3)
     for name, low in (("img_size", 1), ("split_seed", 0), ("cache_gb", 0), ("num_workers", 0)):
@@ -1021,9 +1043,8 @@ def load_data(args, device, cache=None):
             raise UserError(f"--{name} {value}: must be {low} or more")
     if args.dataset == "folder":
         root = Path(args.data_dir)
-        splits = {path.name.lower(): path for path in sorted(root.glob("*"), reverse=True) if path.is_dir()}
-        test_dir = next((splits[n] for n in ("test", "val", "valid", "validation") if n in splits), None)
-        if train_dir := splits.get("train"):
+        train_dir, test_dir = _find_splits(root)
+        if train_dir:
             paths = list_images(train_dir, skip_made_here=True)
             test_paths = list_images(test_dir, skip_made_here=True) if test_dir else None
         else:

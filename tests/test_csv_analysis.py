@@ -239,7 +239,7 @@ def test_an_unfinished_export_is_said(cached, script):
     for manifest, said in (({"count": 9, "done": 5}, "5 images of an export of 9, 5 of them finished; run its test.py command"),
                            ({"count": 5, "done": 3}, "5 images of an export of 5, 3 of them finished; run"),
                            ({"count": 6, "done": 6}, "5 images of an export of 6"), ({"count": 5, "done": 5}, None)):
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", {"kind": "samples", **manifest})
         code, _, stderr = again()
         assert code == 0 and (said in stderr if said else stderr == "")
 

@@ -129,7 +129,19 @@ def test_listing_ignores_hidden_files_our_own_folders_and_loops(tmp_path, capsys
                                        f"the images\n")
 
 
-def test_folder_splits(tmp_path):
+@pytest.mark.parametrize("content, is_ours", [('{"kind": "samples", "count": 3}', True), ('{"kind": "sampl', True),
+                                              ('{"format": "png", "count": 3, "kind": "photos"}', False), ("[]", False),
+                                              ('{"audio": "a.wav"}\n{"audio": "b.wav"}', False), ('\ufeff{"count": 2}', False)])
+def test_a_manifest_of_another_program_is_none(content, is_ours, tmp_path):
+    path = tmp_path / MANIFEST
+    path.write_text(content, encoding="utf-8")
+    assert utils.is_manifest(path) == is_ours
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert not utils.is_manifest(path)
+
+
+def test_folder_splits(tmp_path, capsys):
     write_images(tmp_path / "flat", 30, size=8)
     train, held = load_data(flags(tmp_path / "flat"), "cpu")
     assert (len(train), len(held)) == (27, 3) and train.shape == (3, 8, 8)
@@ -142,9 +154,16 @@ def test_folder_splits(tmp_path):
     write_images(tmp_path / "split" / "train" / "cat", 4, size=8)
     write_images(tmp_path / "split" / "val" / "cat", 2, size=8, seed=1)
     assert [len(x) for x in load_data(flags(tmp_path / "split"), "cpu")] == [4, 2]
+    capsys.readouterr()
     (tmp_path / "split/train").rename(tmp_path / "split/TRAIN")
     (tmp_path / "split/val").rename(tmp_path / "split/Test")
     assert [len(x) for x in load_data(flags(tmp_path / "split"), "cpu")] == [4, 2]
+    assert capsys.readouterr().out == f"{tmp_path / 'split'}: TRAIN and Test are taken as its splits\n"
+    (tmp_path / "split/Test").rename(tmp_path / "split/Bus")              # and TRAIN may be a class beside it
+    assert [len(x) for x in load_data(flags(tmp_path / "split"), "cpu")] == [5, 1] and capsys.readouterr().out == ""
+    for name, number in (("Train", 7), ("train", 5), ("Test", 3), ("test", 2)):
+        write_images(tmp_path / "both" / name, number, size=8)
+    assert [len(x) for x in load_data(flags(tmp_path / "both"), "cpu")] == [5, 2]
     write_images(tmp_path / "one", 1, size=8)
     assert [len(x) for x in load_data(flags(tmp_path / "one"), "cpu")] == [1, 1]
 

@@ -350,13 +350,16 @@ def test_variants_change_what_their_names_say():
                        "K10": {"num_components": 10}, "K500": {"num_components": 500}, "no_lpips": {"lpips_net": "none"}}
 
 
-def test_table_has_finished_pairs_only_variants_in_their_order_and_numbers_as_numbers(tmp_path):
+def test_table_has_finished_pairs_only_variants_in_their_order_and_numbers_as_numbers(tmp_path, capsys):
     (tmp_path / "pairs").mkdir()
     for variant, seed, finished in (("mog", 0, True), ("flow_16", 0, True), ("flow_4", 10, True), ("flow_4", 9, True),
                                     ("VAE", 1, True), ("VAE", 0, False)):
-        write_json(tmp_path / f"pairs/{variant}_s{seed}.json", {"variant": variant, "seed": seed, "finished": finished})
+        write_json(tmp_path / f"pairs/{variant}_s{seed}.json", {"variant": variant, "seed": seed, "finished": finished,
+                                                                "values": {"pixel_real": 0.1}})
+    write_json(tmp_path / "pairs/old_s3.json", {"variant": "old", "seed": 3, "finished": True, "values": {"pixel_recon": 1}})
     assert [(r["variant"], r["seed"]) for r in grid.finished_pairs(tmp_path)] == [
         ("VAE", 1), ("mog", 0), ("flow_4", 9), ("flow_4", 10), ("flow_16", 0)]
+    assert "left out, measured otherwise by an older version of this program: old_s3;" in capsys.readouterr().err
 
 
 def test_readers_table_has_mean_and_spread_under_each_heading(tmp_path):

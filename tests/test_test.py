@@ -925,7 +925,7 @@ def test_evaluation_equals_pr_calculate_on_the_exports(fake_hub, checkpoint, dat
                               ("nearest_k", 3, r"nearest_k \(14, not 3\)"),
                               ("pca_dim", 4, r"pca \(8, not 4\)"), ("pca_dim", 0, r"pca \(8, not 0\)"),
                               ("fid_dims", 192, r"dims \(64, not 192\)"), ("weights", "raw", r"weights \(ema, not raw\)")):
-        with pytest.raises(UserError, match=f"evaluation_ours.json was measured with another {said};"):
+        with pytest.raises(UserError, match=f"evaluation_ours.json was measured with another {said}"):
             main(monkeypatch, tmp_path, checkpoint, *flags, f"--{name}", value)
     quality = tmp_path / "results" / "single_image_quality" / path.name
     with pytest.raises(UserError, match="single_image_quality/evaluation_ours.json was measured with another seed"):
@@ -948,6 +948,15 @@ def test_a_renamed_run_goes_by_its_new_name(checkpoint, monkeypatch, tmp_path, c
     written = json.loads((renamed.parent / "test/diagnostics.json").read_text())
     assert written["tag"] == "renamed" and not (tmp_path / "results/run").exists()
     capsys.readouterr()
+    place = (tmp_path / "scratch").resolve()                    # reached through a link
+    link = tmp_path / "results/linked"
+    renamed.parent.rename(place)
+    link.symlink_to(place)
+    main(monkeypatch, tmp_path, link / renamed.name, *QUIET, "--do_real", "False", "--do_fake", "False", "--diagnose", "--seed",
+         1, "--overwrite")
+    assert json.loads((place / "test/diagnostics.json").read_text())["tag"] == "linked"
+    renamed = place / renamed.name
+    capsys.readouterr()
     moved = tmp_path / "elsewhere.pth"                          # in no folder of a run: by the name that it was trained under
     renamed.rename(moved)
     main(monkeypatch, tmp_path, moved, *QUIET, "--do_real", "False", "--num_samples", 5)
@@ -958,12 +967,16 @@ def test_numbers_measured_otherwise_are_not_replaced(checkpoint, monkeypatch, tm
     flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--nll", "--nll_samples", 3, "--nll_images", 4, "--diagnose",
              "--diagnose_images", 12]
     folder = tmp_path / "results/run/test"
+    for split, seed in (("train", 5), ("test", 6)):
+        write_images(tmp_path / "others" / split, {"train": 60, "test": 20}[split], size=8, seed=seed)
     for _ in range(2):                                          # the same again is no loss
         main(monkeypatch, tmp_path, checkpoint, *flags)
     before = state(folder)
     for more, name, said in ((["--nll_samples", 2], "nll", r"importance_samples \(3, not 2\)"),
                              (["--nll_images", 5], "nll", r"images \(4, not 5\)"), (["--seed", 1], "nll", r"seed \(0, not 1\)"),
                              (["--weights", "raw"], "nll", r"weights \(ema, not raw\)"),
+                             (["--nll_fit_images", 7], "nll", r"scale_fitted_on \(60 training images, not 7 training images\)"),
+                             (["--data_dir", tmp_path / "others", "--allow_other_data"], "nll", r"data \(.*, not .*\)"),
                              (["--diagnose_images", 10], "diagnostics", r"images \(12, not 10\)")):
         with pytest.raises(UserError, match=f"test/{name}.json was measured with another {said}; another --tag keeps both"):
             main(monkeypatch, tmp_path, checkpoint, *flags, *more)

@@ -543,13 +543,10 @@ def test_new_run_never_overwrites_an_old_one_unasked(data, monkeypatch, tmp_path
     with pytest.raises(UserError, match="already holds a run"):
         main(monkeypatch, tmp_path, *flags)
     assert (tmp_path / "results/CrossVampVAE/last.pth").read_bytes() == before
-    old = [tmp_path / "results/CrossVampVAE" / name for name in ("best_fid.pth", "test/nll_x.json", "test/nearest.png")]
-    old[1].parent.mkdir()
-    for path in old:
-        path.write_bytes(b"of the old run")
+    (tmp_path / "results/CrossVampVAE/best_fid.pth").write_bytes(b"of the old run")
     main(monkeypatch, tmp_path, *flags, "--overwrite", "--seed", 1)
     assert (tmp_path / "results/CrossVampVAE/last.pth").read_bytes() != before
-    assert not any(path.exists() for path in old)
+    assert not (tmp_path / "results/CrossVampVAE/best_fid.pth").exists()
     # Neither is a run that kept only its best checkpoint, nor one with a name of its own by --demo.
     last = tmp_path / "results/CrossVampVAE/last.pth"
     last.rename(last.with_name("best_fid.pth"))
@@ -573,9 +570,19 @@ def test_the_demo_replaces_itself_and_no_other(monkeypatch, tmp_path):
                        (["--preset", "best"], r"--prior \(vamp, not mog\)")):
         with pytest.raises(UserError, match=f"results/demo holds a demo with other flags: .*{said}.*--overwrite replaces it"):
             main(monkeypatch, tmp_path, *flags, *more)
+    with pytest.raises(UserError, match=r"--in_channels \(1, not 3\)"):
+        main(monkeypatch, tmp_path, *flags, "--in_channels", 3)
     assert last.read_bytes() == before
     main(monkeypatch, tmp_path, *flags, "--seed", 1, "--overwrite")
     assert last.read_bytes() != before
+    with pytest.raises(UserError, match=r"--seed \(1, not 0\)"):
+        main(monkeypatch, tmp_path, *flags)
+    for path in last.parent.glob("*.pth"):                      # nothing can be lost
+        path.unlink()
+    main(monkeypatch, tmp_path, *flags, "--flow_length", 0)
+    last.parent.rename(tmp_path / "results/first")
+    for _ in range(2):                                          # by a path that args.json does not have
+        main(monkeypatch, tmp_path, *flags, "--fit_prior", "results/first/last.pth")
 
 
 def test_a_checkpoint_by_another_name_goes_on_where_it_is_told_to(data, monkeypatch, tmp_path):
@@ -590,6 +597,8 @@ def test_a_checkpoint_by_another_name_goes_on_where_it_is_told_to(data, monkeypa
     before = (models / "last.pth").read_bytes()
     with pytest.raises(UserError, match="mine.pth: no name that a run gives its checkpoints; say with --exp_name"):
         main(monkeypatch, tmp_path, "--resume", other)
+    with pytest.raises(UserError, match="mine.pth: no name that a run gives its checkpoints"):
+        main(monkeypatch, tmp_path, "--resume", other, "--save_dir", "results")
     with pytest.raises(UserError, match="models already holds a run"):
         main(monkeypatch, tmp_path, "--resume", other, "--exp_name", "models", "--save_dir", tmp_path)
     with pytest.raises(UserError, match=f"{models}: a folder, not a checkpoint; name a file in it, {models / 'last.pth'}"):
@@ -599,7 +608,7 @@ def test_a_checkpoint_by_another_name_goes_on_where_it_is_told_to(data, monkeypa
     again = tmp_path / "results/again"
     again.mkdir()
     (again / "history.csv").write_text("epoch\n")
-    main(monkeypatch, tmp_path, "--resume", other, "--exp_name", "again", "--save_dir", "results")
+    main(monkeypatch, tmp_path, "--resume", other, "--exp_name", "again")
     main(monkeypatch, tmp_path, "--resume", tmp_path / "results/CrossVampVAE/last.pth")
     assert_same_run(again, tmp_path / "results/CrossVampVAE")
 

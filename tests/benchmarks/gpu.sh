@@ -7,10 +7,10 @@
 # Each step leaves OUT/STEP.jsonl (a line of JSON a case; of the tests, pytest's report) and OUT/STEP.log (the rest). One that
 # fails or takes more than 10 minutes is named at the end, and the others go on. Of two GPUs or more, the tests use two (NCCL).
 set -uo pipefail
-cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { echo "usage: bash tests/benchmarks/gpu.sh OUT [STEP ...]" >&2; exit 2; }
-out=$1
+out=$(realpath -m -- "$1")
 shift
+cd "$(dirname "$0")/../.."
 declare -A steps=(
     [tests]="-m pytest -n 0 -rs -m gpu tests/test_gpu.py tests/test_train.py tests/test_processes.py"
     [step_128]="bench_train.py --cases plain fast --steps 30 --rounds 3 --parts --profile fast"
@@ -19,7 +19,7 @@ declare -A steps=(
     [fid]="bench_fid.py --images 25000 --rounds 1 --batch_size 500 --device cuda"
     [precision_recall]="bench_pr.py --n 50000 --m 50000 --dims 2048 --device cuda --runs 2"
     [export]="bench_export.py --device cuda --images 10000 --threads 8 --repeat 2"
-    [scaling]="bench_scaling.py --rounds 3 --device cuda --plot $out/scaling.png"
+    [scaling]="bench_scaling.py --rounds 3 --device cuda"
 )
 order=(tests step_128 step_1024 fid precision_recall export scaling no_fused_1024)
 [ $# -eq 0 ] || order=("$@")
@@ -31,10 +31,11 @@ failed=()
 for step in "${order[@]}"; do
     read -ra command <<< "${steps[$step]}"
     [ "${command[0]}" = -m ] || command[0]="tests/benchmarks/${command[0]}"
+    [ "$step" != scaling ] || command+=(--plot "$out/scaling.png")
     SECONDS=0
     timeout -k 10 600 python "${command[@]}" > "$out/$step.jsonl" 2> "$out/$step.log"
     code=$?
     echo "$step: ${SECONDS} s, exit code $code: python ${command[*]}"
-    [ $code -eq 0 ] || { failed+=("$step"); tail -n 3 "$out/$step.log"; }
+    [ $code -eq 0 ] || { failed+=("$step"); tail -q -n 3 "$out/$step.jsonl" "$out/$step.log"; }
 done
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
