@@ -150,7 +150,8 @@ def build_parser():
     group.add_argument("--threads", type=int, default=0,
                        help="CPU threads, 0 = PyTorch's choice (1 is fastest for very small models)")
     group.add_argument("--amp", choices=("auto", "bf16", "none"), default="auto",
-                       help="autocast; auto: bf16 on a CUDA GPU that has it, else none")
+                       help="autocast; auto: bf16 on a CUDA GPU that has it, else none (on a CPU that has it, bf16 pays "
+                            "with LPIPS)")
     group.add_argument("--compile", action=switch, default=None,
                        help=f"torch.compile (default: on CUDA, for runs of {WORTH_COMPILING:,} steps or more)")
     group.add_argument("--cuda_graph", action=switch, default=None,
@@ -1423,6 +1424,14 @@ def main():
         train(stack)
 
 
+def cpu_computes_bf16():
+    """Whether this CPU has instructions for bf16, without which it is emulated; None where the system does not say."""
+    try:
+        return "bf16" in Path("/proc/cpuinfo").read_text(errors="replace")     # avx512_bf16, amx_bf16; on ARM bf16
+    except OSError:
+        return None
+
+
 def settle(args, device):
     """Set torch up as the flags say (threads, determinism, seed), and decide for this device on channels_last and cuda_graph,
     in args, and on bf16 autocast: returned. Raises UserError where the device lacks it."""
@@ -1431,6 +1440,10 @@ def settle(args, device):
     if args.amp == "bf16" and device.type == "mps":
         raise UserError("--amp bf16: not supported on MPS")
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
+    if device.type == "cpu" and args.amp == "bf16" and cpu_computes_bf16() is False:
+        print("note: --amp bf16 is many times slower than float32 on this CPU, which has no instructions for it (avx512_bf16)")
+    if device.type == "cpu" and args.amp == "auto" and args.lpips_net != "none" and cpu_computes_bf16():
+        print("note: this CPU computes in bf16 too: --amp bf16 takes about half of the time or two thirds (README.md, Speed)")
     recordable = device.type == "cuda" and process_count() == 1
     if args.cuda_graph and not recordable:
         print("note: --cuda_graph needs a CUDA GPU and a single process; going on without it")

@@ -2,6 +2,7 @@
 import argparse
 import collections
 import contextlib
+import ctypes
 import errno
 import functools
 import gc
@@ -178,9 +179,20 @@ def add_device_flag(group):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reproducibility and device
 
+def keep_freed_memory():
+    """Let the C library (glibc) keep what is freed instead of handing it back to the system. Tensors of more than 32 MB are
+    otherwise new memory each time, which the kernel clears page by page: a tenth of a training step on the CPU and a quarter
+    of the time of Inception's features. Does nothing where the library is another one."""
+    mmap_max, trim_threshold = -4, -1                     # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):       # TypeError: Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
 def pick_device(name):
-    """The torch.device for --device, from here on the one that CUDA takes where none is named. Raises UserError if it is not
-    there."""
+    """The torch.device for --device, from here on the one that CUDA takes where none is named; on a CPU, keep_freed_memory.
+    Raises UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -197,6 +209,8 @@ def pick_device(name):
         raise UserError(f"--device {name}: not supported; use auto, cuda, cuda:N, mps or cpu")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)                     # what names no device, as a recorded CUDA graph, means this one
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

@@ -166,10 +166,16 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
 
-def group_norm(channels):
-    """GroupNorm with as many groups as divide the channels, at most 32, each of four channels or more."""
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (channels % g == 0 and channels // g >= 4))
-    return nn.GroupNorm(groups, channels)
+class GroupNorm(nn.GroupNorm):
+    """With as many groups as divide the channels, at most 32, each of four channels or more; in full precision, as autocast
+    has it on CUDA (on a CPU it takes bf16 as it comes, which is slower too)."""
+
+    def __init__(self, channels):
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (channels % g == 0 and channels // g >= 4))
+        super().__init__(groups, channels)
+
+    def forward(self, x):
+        return super().forward(full_precision(x))
 
 
 def attention(q, k, v, heads):
@@ -183,8 +189,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(channels), nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -217,7 +223,7 @@ class SelfAttention2d(nn.Module):
     def __init__(self, channels, head_dim=64):
         super().__init__()
         self.heads = max(1, channels // head_dim) if channels % head_dim == 0 else 1
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.out = nn.Linear(channels, channels)
 
@@ -446,10 +452,10 @@ class Encoder(nn.Module):
         super().__init__()
         layers, c_in = [], in_channels
         for c in hidden_dims:
-            layers += [nn.Conv2d(c_in, c, 3, stride=2, padding=1), group_norm(c), nn.SiLU()]
+            layers += [nn.Conv2d(c_in, c, 3, stride=2, padding=1), GroupNorm(c), nn.SiLU()]
             layers += [ResBlock(c) for _ in range(blocks_per_stage)]
             c_in = c
-        self.stages = nn.Sequential(*layers, SelfAttention2d(c_in), group_norm(c_in), nn.SiLU())
+        self.stages = nn.Sequential(*layers, SelfAttention2d(c_in), GroupNorm(c_in), nn.SiLU())
         side = img_size // 2 ** len(hidden_dims)
         self.head = nn.Linear(c_in * side * side, 2 * latent_dim)
 
@@ -476,7 +482,7 @@ class Decoder(nn.Module):
         widths = [*reversed(hidden_dims[:-1]), hidden_dims[0]]
         for i, c in enumerate(widths):
             # (The identity: in checkpoints the layers are numbered as they were when doubling was one of its own.)
-            layers += [nn.Identity(), UpConv2d(c_in, c), group_norm(c), nn.SiLU()]
+            layers += [nn.Identity(), UpConv2d(c_in, c), GroupNorm(c), nn.SiLU()]
             if i < len(widths) - 1:
                 layers += [ResBlock(c) for _ in range(blocks_per_stage)]
                 layers += [SelfAttention2d(c)] if i == 0 else []

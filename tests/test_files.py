@@ -1,6 +1,7 @@
 """utils.py's writing of files: all or nothing, and by one process at a time."""
 import errno
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -35,6 +36,22 @@ def test_a_closed_output_is_no_error():
     done = subprocess.run(f"{sys.executable} -c 'import utils; utils.run(lambda: print(1))' >&-", shell=True, cwd=ROOT,
                           stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_on_a_cpu_freed_memory_is_kept():
+    """A second tensor of 64 MB takes the pages of the first instead of new ones."""
+    source = """
+import resource, sys, torch, utils
+if sys.argv[1] == "kept":
+    utils.pick_device("cpu")
+torch.ones(2 ** 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2 ** 24)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2 ** 20)"""
+    new = {how: float(subprocess.run([sys.executable, "-c", source, how], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
+           for how in ("kept", "usual")}
+    assert new["kept"] < 1 and new["usual"] > 1, new             # MB
 
 
 def contents(folder, text):

@@ -9,7 +9,16 @@ from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 from torch import distributions as D
 
-from models.vamp_flow import CrossFlowVampVAE, UpConv2d, component_log_probs, fit_mixture, log_mixture, log_normal, perturb_
+from models.vamp_flow import (
+    CrossFlowVampVAE,
+    GroupNorm,
+    UpConv2d,
+    component_log_probs,
+    fit_mixture,
+    log_mixture,
+    log_normal,
+    perturb_,
+)
 
 SMALL = dict(in_channels=1, img_size=8, latent_dim=8, hidden_dims=(8, 12), num_components=5, flow_length=3, flow_seq_len=2,
              flow_embed_dim=16, flow_heads=2, flow_layers=1)
@@ -191,6 +200,15 @@ def test_log_prior_is_a_density_and_the_one_kl_uses(kwargs):
         weights = (model.log_prior(z) - log_normal(z, mean, 2 * std.log())).exp()
     assert abs(weights.mean() - 1) < 5 * weights.std() / len(z) ** 0.5 + 1e-3
     assert weights.std() / len(z) ** 0.5 < 0.05
+
+
+def test_group_norms_are_computed_in_full_precision():
+    norm, x = GroupNorm(8), 100 + torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y = norm(x.bfloat16())
+    assert y.dtype == torch.float32
+    assert torch.allclose(y, torch.nn.functional.group_norm(x.bfloat16().float(), norm.num_groups), rtol=0, atol=1e-4)
+    assert norm.double()(x.double()).dtype == torch.float64
 
 
 def test_prior_with_a_flow_of_its_own_is_a_density_of_z0():

@@ -256,12 +256,15 @@ def test_fid_is_measured_every_so_many_epochs_and_at_the_end(data, monkeypatch, 
     assert [bool(row["fid"]) for row in history(tmp_path / "results/CrossVampVAE")] == [False, True, False, True, True]
 
 
-def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(monkeypatch, tmp_path, fake_hub):
+@pytest.mark.parametrize("bf16", [True, False], ids=["CPU with bf16", "CPU without"])
+def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(bf16, monkeypatch, tmp_path, fake_hub, capsys):
     import lpips
     fake_hub.squeezenet()
+    monkeypatch.setattr(train, "cpu_computes_bf16", lambda: bf16)
     flags = ["--dataset", "digits", "--img_size", 32, *TINY, "--lpips_net", "squeeze", "--epochs", 1, "--batch_size", 800,
              "--sample_every", 0, "--no-tensorboard", "--val_images", 20]
-    main(monkeypatch, tmp_path, *flags)
+    main(monkeypatch, tmp_path, *flags, "--device", "cpu")
+    assert ("this CPU computes in bf16 too" in capsys.readouterr().out) == bf16
     row = {k: float(v) for k, v in history(tmp_path / "results/CrossVampVAE")[0].items() if v}
     assert row["lpips"] > 0
     assert row["train_loss"] == pytest.approx(row["recon"] + 100 * row["lpips"] + 0, rel=0.05)
@@ -1202,13 +1205,24 @@ def test_bf16_learns_what_float32_does(flags, data, monkeypatch, tmp_path, capsy
     runs = {"float32": float32, "other seed": [*float32, "--seed", 1], "fast": flags}
     for name, own in runs.items():
         main(monkeypatch, tmp_path, *common, *own, "--exp_name", name)
-    assert "note: " not in capsys.readouterr().out
+    assert "going on without" not in capsys.readouterr().out
     for column in ("train_loss", "val_loss", "kl_raw"):
         exact, other, fast = (np.array([float(row[column]) for row in history(tmp_path / "results" / name)]) for name in runs)
         away, noise = np.abs(fast - exact).mean(), np.abs(other - exact).mean()
         print(f"{column}: {exact[0]:.3f} -> {exact[-1]:.3f}, fast {fast[-1]:.3f}; differs by {away:.4f}, seeds {noise:.4f}")
         assert 0 < away < 0.5 * noise, column
         assert fast[-1] == pytest.approx(exact[-1], rel=0.03), column
+
+
+@pytest.mark.parametrize("computes", [True, False, None])
+def test_bf16_on_a_cpu_is_said_to_be_slow_where_it_is(computes, data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "cpu_computes_bf16", lambda: computes)
+    for amp in ("bf16", "auto"):
+        main(monkeypatch, tmp_path, *data, "--device", "cpu", "--amp", amp, "--epochs", 1, "--sample_every", 0,
+             "--exp_name", amp)
+        said = capsys.readouterr().out
+        assert ("many times slower" in said) == (amp == "bf16" and computes is False)
+        assert "this CPU computes in bf16 too" not in said                    # without LPIPS it gains nothing
 
 
 @pytest.mark.parametrize("flow_length", [0, 1])

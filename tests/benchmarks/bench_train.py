@@ -14,6 +14,7 @@ Cases
     no_compile  the same with --no-compile
     no_fused    the same with --no-fused_flow
     compile  float32 with --channels_last --compile
+    bf16     --amp bf16 --channels_last, else as eager: for a CPU that computes in bf16
 
 One JSON line for each case (report.py says what stands in it), with the share of the device's measured matrix rate that the
 counted operations come to. --parts: a line for each part of a step, forward and backward by itself, not compiled (on a GPU a
@@ -41,7 +42,8 @@ from utils import MemoryImages, pick_device, run
 
 # --amp bf16, --channels_last, --compile, --cuda_graph, --fused_flow of each case; None: as train.py chooses on the device.
 SETTINGS = {"eager": (False, False, False, False, False), "layout": (False, True, False, False, False),
-            "compile": (False, True, True, False, False), "fast": (None, None, None, None, None),
+            "compile": (False, True, True, False, False), "bf16": (True, True, False, False, False),
+            "fast": (None, None, None, None, None),
             "no_graph": (None, None, None, False, None), "no_compile": (None, None, False, None, None),
             "no_fused": (None, None, None, None, False)}
 
