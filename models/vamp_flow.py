@@ -181,7 +181,12 @@ class GroupNorm(nn.GroupNorm):
 def attention(q, k, v, heads):
     """softmax(q k^T / sqrt(E / heads)) v on every head: (B, Tq, E), (B, Tk, E), (B, Tk, E) -> (B, Tq, E)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))                # (B, heads, T, E / heads)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)                  # (B, Tq, E)
+    if q.device.type == "cpu":                                  # where bf16 takes twice to four times as long
+        with no_autocast("cpu"):
+            h = F.scaled_dot_product_attention(full_precision(q), full_precision(k), full_precision(v))
+    else:
+        h = F.scaled_dot_product_attention(q, k, v)
+    return h.transpose(1, 2).flatten(2)                                                        # (B, Tq, E)
 
 
 class ResBlock(nn.Module):

@@ -13,6 +13,7 @@ from models.vamp_flow import (
     CrossFlowVampVAE,
     GroupNorm,
     UpConv2d,
+    attention,
     component_log_probs,
     fit_mixture,
     log_mixture,
@@ -200,6 +201,14 @@ def test_log_prior_is_a_density_and_the_one_kl_uses(kwargs):
         weights = (model.log_prior(z) - log_normal(z, mean, 2 * std.log())).exp()
     assert abs(weights.mean() - 1) < 5 * weights.std() / len(z) ** 0.5 + 1e-3
     assert weights.std() / len(z) ** 0.5 < 0.05
+
+
+def test_attention_on_a_cpu_is_computed_in_full_precision():
+    q, k, v = torch.randn(3, 2, 5, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(q, k, v, 2)
+    assert y.dtype == torch.float32 and torch.allclose(y, attention(q.float(), k.float(), v.float(), 2), atol=1e-6)
+    assert attention(q.double(), k.double(), v.double(), 2).dtype == torch.float64
 
 
 def test_group_norms_are_computed_in_full_precision():
