@@ -151,7 +151,7 @@ def build_parser():
                        help="CPU threads, 0 = PyTorch's choice (1 is fastest for very small models)")
     group.add_argument("--amp", choices=("auto", "bf16", "none"), default="auto",
                        help="autocast; auto: bf16 on a CUDA GPU that has it, else none (on a CPU that has it, bf16 pays "
-                            "with LPIPS)")
+                            "with LPIPS above all)")
     group.add_argument("--compile", action=switch, default=None,
                        help=f"torch.compile (default: on CUDA, for runs of {WORTH_COMPILING:,} steps or more)")
     group.add_argument("--cuda_graph", action=switch, default=None,
@@ -1442,8 +1442,9 @@ def settle(args, device):
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
     if device.type == "cpu" and args.amp == "bf16" and cpu_computes_bf16() is False:
         print("note: --amp bf16 is many times slower than float32 on this CPU, which has no instructions for it (avx512_bf16)")
-    if device.type == "cpu" and args.amp == "auto" and args.lpips_net != "none" and cpu_computes_bf16():
-        print("note: this CPU computes in bf16 too: --amp bf16 takes about half of the time or two thirds (README.md, Speed)")
+    with_lpips = args.lpips_net != "none" and not args.fit_prior          # a second stage only measures with it
+    if device.type == "cpu" and args.amp == "auto" and with_lpips and cpu_computes_bf16():
+        print("note: this CPU computes in bf16 too: with --amp bf16 a step takes about two thirds of the time (README, Speed)")
     recordable = device.type == "cuda" and process_count() == 1
     if args.cuda_graph and not recordable:
         print("note: --cuda_graph needs a CUDA GPU and a single process; going on without it")
