@@ -759,8 +759,11 @@ class CrossFlowVampVAE(nn.Module):
 
         eps (B, D) is the standard normal noise of z0 = mu + sigma eps, drawn here if not given. prior, (mu_k, logvar_k)
         from prior_params(), spares encoding the pseudo-inputs again; without it they go through the encoder in one
-        batch with x.
+        batch with x. Raises TypeError on images of integers: in that batch they would become floating-point numbers, and
+        nobody has brought them to [-1, 1].
         """
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating-point numbers in [-1, 1] (utils.to_float makes them), not {x.dtype}")
         B = len(x)
         if prior is None and self.prior == "vamp":
             mu, logvar, features = self.encoder(torch.cat([x, self.pseudo_inputs]))              # (B + K, ...)

@@ -567,6 +567,12 @@ def test_constructor_refuses_by_name(kwargs, name):
         make(**kwargs)
 
 
+@pytest.mark.parametrize("prior", ["vamp", "mog"])
+def test_images_as_they_lie_in_files_are_refused(prior):
+    with pytest.raises(TypeError, match="uint8"):
+        make(prior=prior)((images() * 127.5 + 127.5).to(torch.uint8))
+
+
 def test_every_parameter_has_a_gradient():
     for kwargs in ({}, dict(flow_context="encoder"), dict(prior="mog")):
         model = make(**kwargs)
