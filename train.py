@@ -32,6 +32,7 @@ from models.vamp_flow import (
     DECODE_FROM,
     FLOW_CONTEXTS,
     FLOW_PRIORS,
+    LATENT_LAYOUTS,
     MIXTURE_COVARIANCES,
     MIXTURE_WEIGHTS,
     PRIORS,
@@ -177,6 +178,9 @@ def build_parser():
                             "prior's own are fitted to its posteriors, from its own prior on if that has a flow, else anew "
                             "(free_bits and warmup_epochs are then 0 unless given)")
     group.add_argument("--latent_dim", type=int, default=128, help="D")
+    group.add_argument("--latent_layout", choices=LATENT_LAYOUTS, default="vector",
+                       help="spatial: a map with D / S channels at each of the S positions of the lowest resolution; the "
+                            "flow's tokens are then positions")
     group.add_argument("--hidden_dims", type=int, nargs="+", default=[64, 128, 256, 512], help="channels of each stage")
     group.add_argument("--blocks_per_stage", type=int, default=1, help="ResBlocks at each stage")
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="vamp: learned pseudo-inputs; mog: free mixture")
@@ -395,8 +399,8 @@ def resolve_resume(args, given):
 # Unless given: its images, and what reconstructions and samples are measured with.
 TAKEN_FROM_FIRST_STAGE = ("dataset", "data_dir", "split_seed", "cache_gb", "flip", "recon_loss", "lpips_net", "lpips_weight",
                           "lpips_linear", "fid_every", "fid_samples", "fid_dims")
-SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "posterior_std",
-                           "logvar_clamp")
+SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "latent_layout", "hidden_dims", "blocks_per_stage",
+                           "posterior_std", "logvar_clamp")
 # What the first stage's mixture and flow can only be taken over with, beside a flow that is not longer than the new one.
 SHAPE_OF_MIXTURE = ("prior", "num_components", "mixture_weights", "mixture_covariance")
 SHAPE_OF_FLOW = ("flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "scale_bound")
@@ -470,8 +474,8 @@ def model_args_of(args):
     """The constructor arguments of CrossFlowVampVAE, as plain values for the checkpoint."""
     names = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "num_components", "prior",
              "flow_length", "flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "flow_prior",
-             "flow_context", "decode_from", "mixture_weights", "mixture_covariance", "posterior_std", "scale_bound",
-             "logvar_clamp")
+             "flow_context", "decode_from", "latent_layout", "mixture_weights", "mixture_covariance", "posterior_std",
+             "scale_bound", "logvar_clamp")
     return {**{n: getattr(args, n) for n in names}, "perm_seed": args.seed}
 
 

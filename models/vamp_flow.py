@@ -12,7 +12,7 @@ posterior, Rezende & Mohamed 2015 (1505.05770); affine coupling, Dinh et al. 201
 al. 2017 (1706.03762).
 
 Shapes: B batch; C, H, W image; D latent; K components; T tokens of one latent half, d = D / 2T values in each;
-E embedding; S, F tokens and channels of the encoder's feature map. Images are in [-1, 1], densities in nats.
+E embedding; S, F positions and channels of the encoder's feature map. Images are in [-1, 1], densities in nats.
 """
 import contextlib
 import copy
@@ -39,6 +39,7 @@ FLOW_CONTEXTS = ("none", "encoder")
 MIXTURE_WEIGHTS = ("uniform", "learned")
 MIXTURE_COVARIANCES = ("diag", "full")
 DECODE_FROM = ("zK", "z0")
+LATENT_LAYOUTS = ("vector", "spatial")
 
 # Far above what any machine trains, far below what fills its memory or hours before a user can read why: a mistyped
 # flag, or a checkpoint from somewhere, is refused by name instead. Largest value of each constructor argument.
@@ -331,7 +332,9 @@ class BiCrossAttnCoupling(nn.Module):
 class BiCrossAttnFlow(nn.Module):
     """zK = f(z0), a stack of bi-directional cross-attention couplings; log|det dzK/dz0| = sum of all s.
 
-    The inverse is exact and costs the same as the forward pass. Raises ValueError on sizes that do not fit.
+    With positions S > 1, z is a map of S positions with D / S channels each, and stays one: the permutations are of the
+    channels, so that a half is half of the channels at every position, and its tokens are positions (neighbours together if
+    T < S). The inverse is exact and costs the same as the forward pass. Raises ValueError on sizes that do not fit.
     """
 
     def __init__(self,
@@ -344,24 +347,32 @@ class BiCrossAttnFlow(nn.Module):
                  context_dim=None,      # F of the amortised flow's context tokens, None = no context
                  mlp_ratio=4,           # hidden width of the blocks' MLP over E
                  scale_bound=2.0,       # c: |s| < c
-                 perm_seed=0):          # the permutations' own generator
+                 perm_seed=0,           # the permutations' own generator
+                 positions=1):          # S of a spatial latent; D is divisible by 2S then
         super().__init__()
         if length < 1 or layers < 1 or mlp_ratio < 1:
             raise ValueError(f"flow length, layers and mlp_ratio must be at least 1, not {length}, {layers}, {mlp_ratio}")
         if seq_len < 1 or dim % (2 * seq_len):
             raise ValueError(f"latent_dim {dim} is not divisible by 2 * flow_seq_len = {2 * seq_len}")
+        if positions < 1 or dim % (2 * positions):
+            raise ValueError(f"latent_dim {dim} is not divisible by 2 * {positions}, two halves at each position")
         if heads < 1 or embed_dim % heads:
             raise ValueError(f"flow_embed_dim {embed_dim} is not divisible by flow_heads {heads}")
         if not scale_bound > 0:
             raise ValueError(f"scale_bound must be positive, not {scale_bound}")
-        self.dim, self.scale_bound, self.context_dim = dim, scale_bound, context_dim
+        self.dim, self.scale_bound, self.context_dim, self.positions = dim, scale_bound, context_dim, positions
         generator = torch.Generator().manual_seed(perm_seed)
-        self.couplings = nn.ModuleList(
-            # (The device is named since utils builds models on the meta device, to learn their sizes.)
-            BiCrossAttnCoupling(dim, torch.randperm(dim, generator=generator, device="cpu"), seq_len=seq_len,
-                                embed_dim=embed_dim, heads=heads, layers=layers, mlp_ratio=mlp_ratio,
-                                scale_bound=scale_bound, context_dim=context_dim)
-            for _ in range(length))
+        # Where the values of each position lie, (S, D/S): in a map first, then in the halves (2, S, D/2S) that a layer leaves.
+        # (The device is named since utils builds models on the meta device, to learn their sizes.)
+        lie = torch.arange(dim, device="cpu").unflatten(0, (positions, -1))
+        self.couplings = nn.ModuleList()
+        for _ in range(length):
+            channels = torch.randperm(dim // positions, generator=generator, device="cpu")
+            perm = torch.cat([half.flatten() for half in lie[:, channels].chunk(2, dim=1)])
+            self.couplings.append(BiCrossAttnCoupling(
+                dim, perm, seq_len=seq_len, embed_dim=embed_dim, heads=heads, layers=layers, mlp_ratio=mlp_ratio,
+                scale_bound=scale_bound, context_dim=context_dim))
+            lie = self.join_halves(torch.arange(dim, device="cpu")[None])[0].unflatten(0, (positions, -1))
         self.fold_norms = None                            # a FoldNorms: train with the kernels at the end of this file
 
     def forward(self, z0, context=None):
@@ -371,7 +382,7 @@ class BiCrossAttnFlow(nn.Module):
 
     def inverse(self, zK, context=None):
         """zK (B, D), context (B, S, F) or None -> z0 (B, D), log|det dz0/dzK| (B,)."""
-        z, log_det = full_precision(zK), 0.0
+        z, log_det = full_precision(zK).unflatten(1, (self.positions, 2, -1)).transpose(1, 2).flatten(1), 0.0
         for coupling in reversed(self.couplings):
             z, s = coupling.inverse(z, context)
             log_det = log_det - s.sum(1)
@@ -380,12 +391,17 @@ class BiCrossAttnFlow(nn.Module):
     def transform(self, z0, context=None):
         """As forward, with every layer's log-scales: zK (B, D), s (length, B, D)."""
         if self.fold_norms is not None and self.training:
-            return fused_transform(self, z0)
+            z, scales = fused_transform(self, z0)
+            return self.join_halves(z), scales
         z, scales = full_precision(z0), []
         for coupling in self.couplings:
             z, s = coupling(z, context)
             scales.append(s)
-        return z, torch.stack(scales)
+        return self.join_halves(z), torch.stack(scales)
+
+    def join_halves(self, z):
+        """The two halves that the last layer leaves (B, D) as a map, position after position: (B, D)."""
+        return z.unflatten(1, (2, self.positions, -1)).transpose(1, 2).flatten(1)
 
 
 @torch.no_grad()
@@ -451,10 +467,14 @@ def check_flow(flow, batch=2, context_tokens=4, perturb=0.05, seed=0):
 # Encoder and decoder
 
 class Encoder(nn.Module):
-    """ResNet encoder: at each stage a stride-2 3x3 convolution, GroupNorm, SiLU and ResBlocks, then self-attention."""
+    """ResNet encoder: at each stage a stride-2 3x3 convolution, GroupNorm, SiLU and ResBlocks, then self-attention.
 
-    def __init__(self, in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage):
+    mu and logvar are linear in the whole feature map, those of a spatial latent, position by position, in the features there.
+    """
+
+    def __init__(self, in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage, spatial):
         super().__init__()
+        self.spatial = spatial
         layers, c_in = [], in_channels
         for c in hidden_dims:
             layers += [nn.Conv2d(c_in, c, 3, stride=2, padding=1), GroupNorm(c), nn.SiLU()]
@@ -462,14 +482,15 @@ class Encoder(nn.Module):
             c_in = c
         self.stages = nn.Sequential(*layers, SelfAttention2d(c_in), GroupNorm(c_in), nn.SiLU())
         side = img_size // 2 ** len(hidden_dims)
-        self.head = nn.Linear(c_in * side * side, 2 * latent_dim)
+        self.head = nn.Linear(c_in, 2 * latent_dim // side ** 2) if spatial else nn.Linear(c_in * side ** 2, 2 * latent_dim)
 
     def forward(self, x):
         """x (B, C, H, W) -> mu, logvar (B, D) in full precision, feature map (B, F, h, w)."""
         h = self.stages(x)
         with no_autocast(x.device.type):                        # mu in bf16 would be rounded by more than a small sigma
-            mu, logvar = self.head(full_precision(h.flatten(1))).chunk(2, dim=1)
-        return mu, logvar, h
+            features = h.flatten(2).transpose(1, 2) if self.spatial else h.flatten(1)           # (B, S, F) or (B, F S)
+            mu, logvar = self.head(full_precision(features)).chunk(2, dim=-1)                   # (B, S, D/S) or (B, D) each
+        return mu.flatten(1), logvar.flatten(1), h
 
 
 class Decoder(nn.Module):
@@ -478,11 +499,14 @@ class Decoder(nn.Module):
     Self-attention after the first stage; no ResBlock at full resolution, where one costs as much as four below it.
     """
 
-    def __init__(self, out_channels, img_size, latent_dim, hidden_dims, blocks_per_stage):
+    def __init__(self, out_channels, img_size, latent_dim, hidden_dims, blocks_per_stage, spatial):
         super().__init__()
-        side = img_size // 2 ** len(hidden_dims)
-        c_in = hidden_dims[-1]
-        self.stem = nn.Sequential(nn.Linear(latent_dim, c_in * side * side), nn.Unflatten(1, (c_in, side, side)))
+        self.spatial, self.side = spatial, img_size // 2 ** len(hidden_dims)
+        side, c_in = self.side, hidden_dims[-1]
+        if spatial:
+            self.stem = nn.Conv2d(latent_dim // side ** 2, c_in, 3, padding=1)
+        else:
+            self.stem = nn.Sequential(nn.Linear(latent_dim, c_in * side * side), nn.Unflatten(1, (c_in, side, side)))
         layers = [] if len(hidden_dims) > 1 else [SelfAttention2d(c_in)]
         widths = [*reversed(hidden_dims[:-1]), hidden_dims[0]]
         for i, c in enumerate(widths):
@@ -496,6 +520,8 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         """z (B, D) -> image (B, C, H, W) in [-1, 1]."""
+        if self.spatial:                                                                        # (B, D/S, h, w)
+            z = z.unflatten(1, (self.side ** 2, -1)).transpose(1, 2).unflatten(2, (self.side, self.side))
         h = self.stages(self.stem(z))
         return torch.tanh(full_precision(h))                    # in bf16 it is 1 from 3.5 on, and without a gradient
 
@@ -531,6 +557,8 @@ class CrossFlowVampVAE(nn.Module):
     flow_context  encoder: the flow also attends to the encoder's feature map (amortised flow).
     decode_from  zK: the decoder sees what the flow makes. z0: it sees z0, and the flow is part of the prior alone,
                  p(z0) = p(f(z0)) |det df/dz0|, which sampling inverts. The KL is the same expression in both.
+    latent_layout  vector: each latent value depends on the whole feature map. spatial: z is a map as large as the encoder's
+                   last, position after position (S, D/S), and the flow's tokens are positions.
     """
 
     def __init__(self,
@@ -550,6 +578,7 @@ class CrossFlowVampVAE(nn.Module):
                  flow_prior="unflowed",             # unflowed | pushed
                  flow_context="none",               # none | encoder
                  decode_from="zK",                  # zK | z0
+                 latent_layout="vector",            # vector | spatial: D is divisible by S, with a flow by 2S
                  mixture_weights="uniform",         # uniform | learned, of the vamp and mog priors
                  mixture_covariance="diag",         # diag | full, of the mog prior
                  posterior_std=0.0,                 # sigma of q(z0|x) and so of vamp's components, 0 = the encoder's
@@ -574,6 +603,7 @@ class CrossFlowVampVAE(nn.Module):
                              f"{latent_dim}, {blocks_per_stage}, {flow_length}")
         for name, value, choices in (("prior", prior, PRIORS), ("flow_prior", flow_prior, FLOW_PRIORS),
                                      ("flow_context", flow_context, FLOW_CONTEXTS), ("decode_from", decode_from, DECODE_FROM),
+                                     ("latent_layout", latent_layout, LATENT_LAYOUTS),
                                      ("mixture_weights", mixture_weights, MIXTURE_WEIGHTS),
                                      ("mixture_covariance", mixture_covariance, MIXTURE_COVARIANCES)):
             if value not in choices:
@@ -596,7 +626,10 @@ class CrossFlowVampVAE(nn.Module):
         if side > LARGEST_MAP:
             raise ValueError(f"img_size {img_size} leaves {side} pixels a side after {len(hidden_dims)} halvings, more than "
                              f"{LARGEST_MAP}; give hidden_dims more entries")
-        largest = max(2 * latent_dim * hidden_dims[-1] * side ** 2, 9 * max(hidden_dims) ** 2,
+        spatial = latent_layout == "spatial"
+        if spatial and latent_dim % side ** 2:
+            raise ValueError(f"latent_dim {latent_dim} is not divisible by the {side ** 2} positions of a spatial latent")
+        largest = max(2 * latent_dim * hidden_dims[-1] * (1 if spatial else side ** 2), 9 * max(hidden_dims) ** 2,
                       flow_mlp_ratio * flow_embed_dim ** 2, num_components * in_channels * img_size ** 2 * (prior == "vamp"),
                       num_components * latent_dim ** 2 * (mixture_covariance == "full"))
         if largest > LARGEST_TENSOR:
@@ -607,15 +640,15 @@ class CrossFlowVampVAE(nn.Module):
         self.prior, self.flow_prior, self.flow_context = prior, flow_prior, flow_context
         self.decode_from, self.posterior_std = decode_from, posterior_std
         self.logvar_clamp = tuple(logvar_clamp)
-        self.encoder = Encoder(in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage)
+        self.encoder = Encoder(in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage, spatial)
         self.flow, self.context_position = None, None
         if flow_length:
             context_dim = hidden_dims[-1] if flow_context == "encoder" else None
             self.flow = BiCrossAttnFlow(latent_dim, flow_length, flow_seq_len, flow_embed_dim, flow_heads, flow_layers,
-                                        context_dim, flow_mlp_ratio, scale_bound, perm_seed)
+                                        context_dim, flow_mlp_ratio, scale_bound, perm_seed, side ** 2 if spatial else 1)
             if context_dim:
                 self.context_position = nn.Parameter(0.5 * torch.randn(side * side, context_dim))
-        self.decoder = Decoder(in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage)
+        self.decoder = Decoder(in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage, spatial)
         if prior == "vamp":
             self.pseudo_raw = nn.Parameter((0.5 * torch.randn(num_components, in_channels, img_size, img_size)).clamp(-1, 1))
         elif prior == "mog":

@@ -11,15 +11,16 @@ import torch
 from models import vamp_flow
 from models.vamp_flow import BiCrossAttnFlow, check_flow, perturb_
 
-CASES = [  # length, seq_len, heads, layers, context_dim
+CASES = [  # length, seq_len, heads, layers, context_dim, positions
     (1, 1, 1, 1, None), (2, 2, 2, 1, None), (4, 4, 1, 2, 5), (8, 8, 4, 2, None), (3, 1, 2, 2, 6), (16, 2, 4, 1, None),
+    (3, 4, 2, 1, None, 4), (2, 2, 2, 1, 5, 8), (1, 8, 2, 1, None, 2),
 ]
 PERTURB = 0.05
 
 
-def make(length=3, seq_len=2, heads=2, layers=1, context_dim=None, dim=16, perturb=PERTURB, **kwargs):
+def make(length=3, seq_len=2, heads=2, layers=1, context_dim=None, positions=1, dim=16, perturb=PERTURB, **kwargs):
     torch.manual_seed(0)
-    flow = BiCrossAttnFlow(dim, length, seq_len, 16, heads, layers, context_dim, **kwargs).double()
+    flow = BiCrossAttnFlow(dim, length, seq_len, 16, heads, layers, context_dim, positions=positions, **kwargs).double()
     return perturb_(flow, perturb, torch.Generator().manual_seed(1))
 
 
@@ -91,6 +92,29 @@ def test_flow_starts_at_the_identity():
     z, _ = inputs(flow)
     zK, log_det = flow(z)
     assert torch.equal(zK, z[:, flow.couplings[0].perm]) and not log_det.any()
+
+
+def test_tokens_of_a_spatial_latent_are_positions():
+    """Seen with values that name their position and channel, which the identity only moves; what goes in as a map comes out
+    as one."""
+    S, channels = 4, 6
+    flow = BiCrossAttnFlow(S * channels, 5, S, 16, 2, 1, positions=S)
+    z = 10.0 * torch.arange(S)[:, None] + torch.arange(channels)                # (S, channels)
+    seen = {}
+    for name, module in flow.named_modules():
+        if name.endswith("embed"):
+            module.register_forward_hook(lambda _, given, __, name=name: seen.update({name: given[0][0]}))
+    zK = flow(z.flatten()[None])[0].unflatten(1, (S, channels))[0]
+    assert len(seen) == 10
+    for tokens in seen.values():
+        assert tokens.shape == (S, channels // 2)
+        assert torch.equal(tokens.div(10).floor(), torch.arange(S)[:, None].expand(S, channels // 2).float())
+        assert torch.equal(tokens - tokens[:1], 10.0 * torch.arange(S)[:, None].expand(S, channels // 2))   # the same channels
+    assert len({tuple(tokens[0].tolist()) for tokens in seen.values()}) > 4                          # other ones by layer
+    assert torch.equal(zK.sort(1).values, z) and not torch.equal(zK, z)
+    perturbed = perturb_(flow.double(), PERTURB, torch.Generator().manual_seed(1))
+    back = perturbed.inverse(perturbed(z.double().flatten()[None])[0])[0]
+    assert torch.allclose(back, z.double().flatten()[None], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("context_dim", [None, 5])
@@ -195,7 +219,7 @@ def test_check_flow_catches_a_broken_flow(fault):
 
 @pytest.mark.parametrize("kwargs,name", [
     (dict(dim=18, seq_len=4), "latent_dim 18"), (dict(embed_dim=10, heads=4), "flow_embed_dim 10"),
-    (dict(length=0), "length"), (dict(scale_bound=0.0), "scale_bound"),
+    (dict(length=0), "length"), (dict(scale_bound=0.0), "scale_bound"), (dict(positions=3), "latent_dim 16 .* 2 \\* 3"),
 ])
 def test_sizes_that_do_not_fit_are_refused_by_name(kwargs, name):
     with pytest.raises(ValueError, match=name):

@@ -35,7 +35,8 @@ from models.vamp_flow import BiCrossAttnFlow, CrossFlowVampVAE, perturb_
 VARIANTS = [(), ("--preset", "best", "--hidden_dims", "16", "32"), ("--prior", "standard", "--flow_length", "0"),
             ("--flow_context", "encoder"), ("--flow_prior", "pushed"), ("--balance", "1", "--mixture_weights", "learned"),
             ("--skip_grad_norm", "10", "--grad_clip", "0"), ("--ema_decay", "0", "--recon_loss", "mse"),
-            ("--posterior_std", "0.1"), ("--prior", "mog", "--mixture_covariance", "full")]
+            ("--posterior_std", "0.1"), ("--prior", "mog", "--mixture_covariance", "full"),
+            ("--latent_layout", "spatial", "--latent_dim", "32")]
 SMALL = ("--img_size", "16", "--hidden_dims", "16", "32", "--latent_dim", "16", "--flow_seq_len", "4", "--flow_embed_dim", "16",
          "--flow_length", "2", "--flow_layers", "1", "--num_components", "6", "--batch_size", "4")
 
@@ -291,7 +292,7 @@ def test_rounded_weights_are_those_of_autocast(flags):
 # (batch, arguments of the flow): batches that fill the last program of a kernel, and that do not.
 KERNEL_CASES = [(4, (16, 2, 2, 32, 2, 1, None, 4, 1.5)), (5, (24, 2, 2, 32, 1, 2, None, 1, 1.5)),
                 (3, (32, 2, 8, 64, 2, 2, None, 2, 1.5)), (2, (96, 1, 4, 32, 1, 1, None, 4, 0.5)),
-                (1, (32, 1, 16, 16, 1, 2, None, 2, 1.5))]
+                (1, (32, 1, 16, 16, 1, 2, None, 2, 1.5)), (3, (32, 3, 4, 32, 1, 1, None, 2, 1.5, 0, 4))]
 
 
 def flow_results(flow, batch, fold_norms):

@@ -26,6 +26,7 @@ SMALL = dict(in_channels=1, img_size=8, latent_dim=8, hidden_dims=(8, 12), num_c
 
 
 FULL = dict(prior="mog", mixture_covariance="full")
+SPATIAL = dict(latent_layout="spatial")
 
 
 def make(perturb=0.05, dtype=torch.float64, **kwargs):
@@ -186,7 +187,8 @@ def test_mixture_in_float32_is_within_a_thousandth_of_a_nat_at_the_smallest_sigm
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(flow_prior="pushed"), dict(prior="mog"), dict(prior="standard"), FULL,
-                                    dict(flow_length=0), dict(flow_context="encoder"), dict(mixture_weights="learned")])
+                                    dict(flow_length=0), dict(flow_context="encoder"), dict(mixture_weights="learned"),
+                                    {**SPATIAL, "hidden_dims": (8, 12, 12), "flow_seq_len": 1}])
 def test_log_prior_is_a_density_and_the_one_kl_uses(kwargs):
     model = make(latent_dim=4, **kwargs)
     with torch.no_grad():
@@ -307,7 +309,7 @@ def test_em_of_the_model_keeps_uniform_weights_and_takes_over_learned_ones(learn
 @pytest.mark.parametrize("kwargs", [dict(prior="standard", flow_length=0), dict(prior="standard"), {}, dict(prior="mog"),
                                     dict(flow_prior="pushed"), dict(flow_context="encoder"),
                                     dict(mixture_weights="learned", decode_from="z0"), dict(posterior_std=0.3),
-                                    {**FULL, "decode_from": "z0"}])
+                                    {**FULL, "decode_from": "z0"}, {**SPATIAL, "decode_from": "z0"}, SPATIAL])
 def test_kl_equals_a_long_monte_carlo_average(kwargs):
     """Against log q(zK|x) built independently: the base normal in torch.distributions, the autograd Jacobian of the
     flow, and the prior by torch.distributions; sample by sample, and on average over other samples."""
@@ -524,6 +526,26 @@ def test_posterior_means_are_float32_under_autocast():
                                                               model.encoder.head.bias)[:, :4])
 
 
+@pytest.mark.parametrize("decode_from", ["zK", "z0"])
+def test_a_spatial_latent_is_a_map_of_the_encoders_last_positions(decode_from):
+    """Position after position, linear in the features there; decoded, it begins with a 3x3 convolution."""
+    model = make(**SPATIAL, latent_dim=32, in_channels=3, img_size=16, hidden_dims=(8, 12), decode_from=decode_from)
+    assert model.encoder.head.weight.shape == (2 * 32 // 16, 12) and model.decoder.stem.weight.shape == (12, 2, 3, 3)
+    x = images(1, 3, 16)
+    with torch.no_grad():
+        _, _, h = model.encoder(x)
+        mu, logvar = model.encode(x)
+        wanted = torch.nn.functional.conv2d(h, model.encoder.head.weight[:, :, None, None], model.encoder.head.bias)
+    stats = torch.cat([mu.unflatten(1, (16, 2)), logvar.unflatten(1, (16, 2))], 2)               # (1, S, 4)
+    torch.testing.assert_close(stats, wanted.flatten(2).transpose(1, 2))
+    model.decoder.stages = torch.nn.Identity()
+    z = torch.zeros(1, 32, dtype=torch.float64)
+    z[0, 2 * 5] = 1.0                                                                            # row 1, column 1 of 4x4
+    with torch.no_grad():
+        changed = (model.decode(z) - model.decode(torch.zeros_like(z))).abs().amax(1)[0] > 1e-9
+    assert changed[:3, :3].all() and changed.sum() == 9
+
+
 def test_flow_of_the_model_has_the_sizes_asked_for():
     model = make(scale_bound=0.7, flow_mlp_ratio=3, perturb=3.0)
     with torch.no_grad():
@@ -561,6 +583,8 @@ def test_default_model_has_about_20_million_parameters():
     (dict(img_size=10), "img_size 10"), (dict(latent_dim=6), "latent_dim 6"), (dict(num_components=0), "num_components"),
     (dict(flow_prior="pushed", flow_context="encoder"), "pushed"), (dict(prior="gauss"), "prior"),
     (dict(in_channels=2), "in_channels"), (dict(logvar_clamp=(1, -1)), "logvar_clamp"),
+    (dict(latent_layout="map"), "latent_layout"), (dict(SPATIAL, latent_dim=6, flow_length=0), "latent_dim 6 .* 4 positions"),
+    (dict(SPATIAL, latent_dim=12, flow_seq_len=1), "latent_dim 12 .* 2 \\* 4"),
 ])
 def test_constructor_refuses_by_name(kwargs, name):
     with pytest.raises(ValueError, match=name):
@@ -574,7 +598,7 @@ def test_images_as_they_lie_in_files_are_refused(prior):
 
 
 def test_every_parameter_has_a_gradient():
-    for kwargs in ({}, dict(flow_context="encoder"), dict(prior="mog")):
+    for kwargs in ({}, dict(flow_context="encoder"), dict(prior="mog"), SPATIAL):
         model = make(**kwargs)
         out = model(images())
         (model.kl_terms(out).kl.mean() + (out.recon - images()).abs().sum()).backward()

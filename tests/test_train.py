@@ -898,10 +898,11 @@ def test_second_stage_trains_on_the_posteriors_of_images_and_their_mirror_images
         assert not torch.allclose(stock.images[..., 0], stock.images[..., 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("prior", ["vamp", "mog", "standard"])
-def test_second_stage_goes_on_from_the_prior_of_the_first(prior, data, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("prior, latent", [
+    ("vamp", []), ("mog", []), ("standard", []), ("mog", ["--latent_layout", "spatial", "--latent_dim", 8])])
+def test_second_stage_goes_on_from_the_prior_of_the_first(prior, latent, data, monkeypatch, tmp_path, capsys):
     """With more layers too, and to the same density; flags that are not given are the first stage's."""
-    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--lr", 1e-3]
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--lr", 1e-3, *latent]
     own = ["--prior", prior, "--flow_length", 2] + ["--mixture_weights", "learned"] * (prior != "standard")
     main(monkeypatch, tmp_path, *flags, *own, "--decode_from", "z0", "--exp_name", "first")
     path = tmp_path / "results/first/last.pth"
@@ -913,6 +914,7 @@ def test_second_stage_goes_on_from_the_prior_of_the_first(prior, data, monkeypat
     args, given = train.parse_args([*map(str, flags), "--fit_prior", str(path), "--flow_length", "5", "--seed", "1"])
     stage = train.read_first_stage(args, given)
     assert (args.prior, args.mixture_weights) == (prior, "uniform" if prior == "standard" else "learned")
+    assert args.latent_layout == ("spatial" if latent else "vector")
     model = CrossFlowVampVAE(**train.model_args_of(args))
     train.load_first_stage(model, stage)
     x = to_float(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)).double()
