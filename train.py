@@ -106,7 +106,11 @@ PRESETS = {
     "best": dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0, hidden_dims=[64, 128, 256]),
     "gmm": dict(prior="mog", mixture_weights="learned", mixture_covariance="full", num_components=30, flow_length=0,
                 beta_max=1.0, epochs=4),
+    "gmm_flow": dict(prior="mog", mixture_weights="learned", mixture_covariance="full", num_components=10, freeze_mixture=True,
+                     flow_length=6, flow_seq_len=16, flow_embed_dim=64, flow_heads=2, flow_layers=1, decode_from="z0",
+                     beta_max=1.0, epochs=24, batch_size=256, lr=2e-3),
 }
+SECOND_STAGES = ("gmm", "gmm_flow")     # of the presets
 
 # Steps from which on the compiler's minute or two pays.
 WORTH_COMPILING = 10_000
@@ -140,7 +144,8 @@ def build_parser():
     group.add_argument("--preset", choices=PRESETS, default=None,
                        help="best: a prior that keeps its components and a network that learns faster, at less cost; "
                             "gmm: with --fit_prior, Gaussians of full covariance as the prior of a finished model; "
-                            "other flags still apply (README.md, Results)")
+                            "gmm_flow: the same with a flow before them, for a spatial latent above all; other flags still "
+                            "apply (README.md, Results)")
     group.add_argument("--exp_name", default="CrossVampVAE", help="the run's folder under save_dir")
     group.add_argument("--save_dir", default="./results", help="where runs are kept")
     group.add_argument("--resume", metavar="PATH", help="a checkpoint to go on from, or auto: the run's own last.pth")
@@ -200,6 +205,9 @@ def build_parser():
     group.add_argument("--mixture_weights", choices=MIXTURE_WEIGHTS, default="uniform", help="of the prior's components")
     group.add_argument("--mixture_covariance", choices=MIXTURE_COVARIANCES, default="diag",
                        help="of the components of --prior mog; with --fit_prior, full ones start by EM")
+    group.add_argument("--freeze_mixture", action=switch, default=False,
+                       help="with --fit_prior and full covariances: the mixture stays as EM leaves it, and only the flow is "
+                            "trained, at whatever learning rate that wants")
     group.add_argument("--posterior_std", type=float, default=0.0, help="one sigma for every posterior, 0 = the encoder's")
     group.add_argument("--scale_bound", type=float, default=2.0, help="bound of the flow's log-scales")
     group.add_argument("--logvar_clamp", type=float, nargs=2, default=[-10.0, 10.0], help="bounds of the log-variance")
@@ -266,7 +274,8 @@ def parse_args(argv=None):
 def drop_the_meaningless(args, given):
     """Set back what a preset or a first stage brought along and another flag leaves without a meaning."""
     for name, meaningless in (("decode_from", args.flow_length == 0), ("mixture_weights", args.prior == "standard"),
-                              ("mixture_covariance", args.prior != "mog")):
+                              ("mixture_covariance", args.prior != "mog"),
+                              ("freeze_mixture", args.flow_length == 0 or args.mixture_covariance == "diag")):
         if meaningless and name not in given:
             setattr(args, name, build_parser().get_default(name))
 
@@ -294,9 +303,15 @@ def check_flags(args, given):
     senseless = [
         (args.flow_length == 0 and args.flow_prior == "pushed", "--flow_prior pushed with --flow_length 0: no flow to push"),
         (args.flow_length == 0 and args.flow_context == "encoder", "--flow_context encoder with --flow_length 0: no flow"),
-        (args.preset == "gmm" and not args.fit_prior, "--preset gmm: a second stage, which needs --fit_prior PATH"),
-        (args.preset == "gmm" and args.demo and not args.resume, "--preset gmm with --demo: leave --demo out, the second stage "
-         "takes data and model from the first"),
+        (args.preset in SECOND_STAGES and not args.fit_prior,
+         f"--preset {args.preset}: a second stage, which needs --fit_prior PATH"),
+        (args.preset in SECOND_STAGES and args.demo and not args.resume,
+         f"--preset {args.preset} with --demo: leave --demo out, the second stage takes data and model from the first"),
+        (args.freeze_mixture and not args.fit_prior, "--freeze_mixture: needs --fit_prior PATH, to whose posteriors EM fits "
+         "the mixture"),
+        (args.freeze_mixture and args.mixture_covariance == "diag", f"--freeze_mixture with --mixture_covariance "
+         f"{args.mixture_covariance}: only full covariances are fitted by EM"),
+        (args.freeze_mixture and args.flow_length == 0, "--freeze_mixture with --flow_length 0: nothing would be trained"),
         (args.fit_prior and args.prior == "standard" and args.flow_length == 0, "--fit_prior: nothing to fit in a standard "
          "prior without a flow"),
         (args.flow_length == 0 and args.decode_from == "z0", "--decode_from z0 with --flow_length 0: zK is z0 there"),
@@ -1534,6 +1549,10 @@ def train(stack):
     if args.fit_prior:
         model.encoder.requires_grad_(False)
         model.decoder.requires_grad_(False)
+    if args.freeze_mixture:
+        for name, p in model.named_parameters():
+            if name.startswith("prior_"):
+                p.requires_grad_(False)
     if first_stage:
         load_first_stage(model, first_stage)
         print(f"fit_prior   {first_stage.note}")

@@ -986,10 +986,48 @@ def test_preset_gmm_is_a_second_stage_for_whatever_came_first(data, monkeypatch,
         assert saved["args"].items() >= {**train.PRESETS["gmm"], "free_bits": 0.0}.items()
         assert saved["epoch"] == 4 and not any(name.startswith("flow") for name in saved["model"])
         assert "EM          20 steps for 30 components of full covariance" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--preset gmm: a second stage, which needs --fit_prior PATH"):
-        main(monkeypatch, tmp_path, *flags, "--preset", "gmm", "--exp_name", "x")
-    with pytest.raises(UserError, match="--preset gmm with --demo: leave --demo out"):
-        main(monkeypatch, tmp_path, "--demo", "--fit_prior", tmp_path / "results/plain/last.pth", "--preset", "gmm")
+        main(monkeypatch, tmp_path, "--fit_prior", tmp_path / "results" / first / "last.pth", "--preset", "gmm_flow",
+             "--exp_name", f"{first} flow", "--device", "cpu", "--no-tensorboard", "--sample_every", 0, "--flow_seq_len", 2,
+             "--batch_size", 40, "--epochs", 2)
+        saved = weights(tmp_path / f"results/{first} flow/last.pth")
+        assert saved["args"].items() >= {**train.PRESETS["gmm_flow"], "flow_seq_len": 2, "batch_size": 40, "epochs": 2}.items()
+        assert "EM          20 steps for 10 components of full covariance" in capsys.readouterr().out
+    for preset in train.SECOND_STAGES:
+        with pytest.raises(UserError, match=f"--preset {preset}: a second stage, which needs --fit_prior PATH"):
+            main(monkeypatch, tmp_path, *flags, "--preset", preset, "--exp_name", "x")
+        with pytest.raises(UserError, match=f"--preset {preset} with --demo: leave --demo out"):
+            main(monkeypatch, tmp_path, "--demo", "--fit_prior", tmp_path / "results/plain/last.pth", "--preset", preset)
+
+
+def test_a_frozen_mixture_stays_as_em_leaves_it_while_the_flow_is_trained(data, monkeypatch, tmp_path):
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 4, "--lr", 1e-3]
+    main(monkeypatch, tmp_path, *flags, "--prior", "standard", "--flow_length", 0, "--exp_name", "first")
+    second = [*flags, "--fit_prior", tmp_path / "results/first/last.pth", "--prior", "mog", "--mixture_covariance", "full",
+              "--mixture_weights", "learned", "--num_components", 2, "--flow_length", 2]
+
+    def states(name):
+        """After each half of the run, which is interrupted between them; prior's weights, and the others'."""
+        for more in (["--stop_epoch", 2], ["--resume", "auto"]):
+            given = second if "--stop_epoch" in more else []
+            frozen = ["--freeze_mixture"] * (name == "frozen" and bool(given))
+            main(monkeypatch, tmp_path, *given, *frozen, *more, "--exp_name", name)
+            checkpoint = weights(tmp_path / f"results/{name}/last.pth")
+            for state in (checkpoint["model"], checkpoint["ema"]):
+                yield [{k: v for k, v in state.items() if k.startswith(part)} for part in ("prior_", "flow.")]
+
+    for name in ("frozen", "trained"):
+        (early, flow), (early_mean, _), (late, flow_then), (late_mean, _) = states(name)
+        assert len(early) == 4                                          # means, log-variances, triangles, weights
+        for k in early:
+            same = [torch.equal(early[k], x[k]) for x in (late, early_mean, late_mean)]
+            assert same == [name == "frozen"] * 3, (name, k)
+        assert not all(torch.equal(flow[k], flow_then[k]) for k in flow)
+    args, given = train.parse_args([*map(str, second), "--freeze_mixture"])
+    train.check_flags(args, given)
+    for name, value, message in (("fit_prior", None, "needs --fit_prior PATH"), ("flow_length", 0, "nothing would be trained"),
+                                 ("mixture_covariance", "diag", "only full covariances are fitted by EM")):
+        with pytest.raises(UserError, match=f"--freeze_mixture.*{message}"):
+            train.check_flags(argparse.Namespace(**{**vars(args), name: value}), given)
 
 
 def test_second_stage_says_what_the_clamp_takes_from_em(data, monkeypatch, tmp_path, capsys):

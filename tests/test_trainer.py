@@ -221,6 +221,9 @@ def test_defaults_are_the_published_recipe_and_presets_what_the_readme_trained()
     assert train.PRESETS["best"] == dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0,
                                          hidden_dims=[64, 128, 256])
     assert (gmm["num_components"], gmm["beta_max"], gmm["epochs"], gmm["flow_length"]) == (30, 1.0, 4, 0)
+    flow = train.PRESETS["gmm_flow"]
+    assert [flow[k] for k in ("num_components", "freeze_mixture", "flow_length", "flow_seq_len", "flow_embed_dim", "flow_heads",
+                              "flow_layers", "epochs", "batch_size", "lr")] == [10, True, 6, 16, 64, 2, 1, 24, 256, 2e-3]
 
 
 def test_only_a_demo_without_a_name_or_place_of_its_own_overwrites():
