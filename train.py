@@ -100,8 +100,8 @@ DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64]
             sample_every=10, threads=1)
 
 # What --preset changes in the default recipe; --demo and any flag beside it still win. best: the last halving, to 2x2
-# pixels of 32, costs time and quality. gmm: a second stage, the Gaussian mixture of Ghosh et al. 2020; what it names is not
-# taken from the first stage.
+# pixels of 32, costs time and quality. gmm: a second stage, the Gaussian mixture of Ghosh et al. 2020; gmm_flow: with a flow
+# before it; what these name is not taken from the first stage.
 PRESETS = {
     "best": dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0, hidden_dims=[64, 128, 256]),
     "gmm": dict(prior="mog", mixture_weights="learned", mixture_covariance="full", num_components=30, flow_length=0,
@@ -184,8 +184,8 @@ def build_parser():
                             "(free_bits and warmup_epochs are then 0 unless given)")
     group.add_argument("--latent_dim", type=int, default=128, help="D")
     group.add_argument("--latent_layout", choices=LATENT_LAYOUTS, default="vector",
-                       help="spatial: a map with D / S channels at each of the S positions of the lowest resolution; the "
-                            "flow's tokens are then positions")
+                       help="spatial: a map with D / S channels at each of the S positions of the lowest resolution; with "
+                            "--flow_seq_len S the flow's tokens are then positions")
     group.add_argument("--hidden_dims", type=int, nargs="+", default=[64, 128, 256, 512], help="channels of each stage")
     group.add_argument("--blocks_per_stage", type=int, default=1, help="ResBlocks at each stage")
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="vamp: learned pseudo-inputs; mog: free mixture")
@@ -274,8 +274,7 @@ def parse_args(argv=None):
 def drop_the_meaningless(args, given):
     """Set back what a preset or a first stage brought along and another flag leaves without a meaning."""
     for name, meaningless in (("decode_from", args.flow_length == 0), ("mixture_weights", args.prior == "standard"),
-                              ("mixture_covariance", args.prior != "mog"),
-                              ("freeze_mixture", args.flow_length == 0 or args.mixture_covariance == "diag")):
+                              ("mixture_covariance", args.prior != "mog")):
         if meaningless and name not in given:
             setattr(args, name, build_parser().get_default(name))
 
@@ -300,6 +299,7 @@ def check_flags(args, given):
         raise UserError(f"--ema_decay {args.ema_decay}: must be at least 0 (off) and below 1")
     if not args.exp_name or args.exp_name in (".", "..") or set(args.exp_name) & set("/\\\0"):
         raise UserError(f"--exp_name {args.exp_name!r}: must be a plain folder name")
+    of_preset = "" if "freeze_mixture" in given else f" (of --preset {args.preset})"
     senseless = [
         (args.flow_length == 0 and args.flow_prior == "pushed", "--flow_prior pushed with --flow_length 0: no flow to push"),
         (args.flow_length == 0 and args.flow_context == "encoder", "--flow_context encoder with --flow_length 0: no flow"),
@@ -309,9 +309,10 @@ def check_flags(args, given):
          f"--preset {args.preset} with --demo: leave --demo out, the second stage takes data and model from the first"),
         (args.freeze_mixture and not args.fit_prior, "--freeze_mixture: needs --fit_prior PATH, to whose posteriors EM fits "
          "the mixture"),
-        (args.freeze_mixture and args.mixture_covariance == "diag", f"--freeze_mixture with --mixture_covariance "
+        (args.freeze_mixture and args.mixture_covariance == "diag", f"--freeze_mixture{of_preset} with --mixture_covariance "
          f"{args.mixture_covariance}: only full covariances are fitted by EM"),
-        (args.freeze_mixture and args.flow_length == 0, "--freeze_mixture with --flow_length 0: nothing would be trained"),
+        (args.freeze_mixture and args.flow_length == 0, f"--freeze_mixture{of_preset} with --flow_length 0: nothing would be "
+         f"trained"),
         (args.fit_prior and args.prior == "standard" and args.flow_length == 0, "--fit_prior: nothing to fit in a standard "
          "prior without a flow"),
         (args.flow_length == 0 and args.decode_from == "z0", "--decode_from z0 with --flow_length 0: zK is z0 there"),
@@ -475,10 +476,10 @@ def read_first_stage(args, given):
     differ = ", ".join(f"--{name} {getattr(args, name)} (there {first[name]})" for name in other_mixture + other_flow)
     if other_flow or (other_mixture and args.mixture_covariance == "diag"):
         return FirstStage(*data, frozen, {}, 0, f"the prior starts anew, not from the first stage's: {differ}")
-    if other_mixture:           # which EM finds wherever the flow has brought the latents; other beginnings need it at rest
-        flow = {name: value for name, value in prior.items() if name.startswith("flow.")}
+    if other_mixture or args.freeze_mixture:    # by EM, wherever the flow has brought the latents; other beginnings need it
+        flow = {name: value for name, value in prior.items() if name.startswith("flow.")}                      # at rest
         return FirstStage(*data, frozen, flow, first["flow_length"],
-                          f"the flow goes on from {layers}, the mixture starts anew: {differ}")
+                          f"the flow goes on from {layers}, the mixture starts anew: {differ or '--freeze_mixture'}")
     return FirstStage(*data, frozen, prior, first["flow_length"], f"the prior goes on from {layers}")
 
 
@@ -619,6 +620,10 @@ def start_mixture(args, model, posteriors):
     print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
     model.fit_mixture_(torch.cat(points), EM_STEPS, generator,
                        functools.partial(tqdm, desc="EM", unit="step", leave=False, disable=not is_main()))
+    if process_count() > 1:     # whose posteriors, and so their clusters, may differ by rounding
+        for name, p in model.named_parameters():
+            if name.startswith("prior_"):
+                torch.distributed.broadcast(p, 0)
     low, high = model.logvar_clamp
     outside = ((model.prior_logvar < low) | (model.prior_logvar > high)).sum().item()
     if outside:
@@ -1423,13 +1428,16 @@ def print_plan(args, trainer, data, held_out, amp):
     if args.lpips_net != "none":
         lpips = f"{args.lpips_weight:g} LPIPS-{args.lpips_net} ({weights_title(LPIPS_FILES[args.lpips_net], trainer.lpips_id)})"
     reconstruction = "" if args.fit_prior else f"{args.recon_loss} + {lpips} + "
+    flow = f"of {args.flow_length} layers of {args.flow_seq_len} tokens, prior {args.flow_prior}, context {args.flow_context}"
+    positions = (args.img_size // 2 ** len(args.hidden_dims)) ** 2 if args.latent_layout == "spatial" else 0
     print(f"""\
 run         {trainer.folder} (seed {args.seed})
 data        {args.dataset}: {len(data):,} training images, {n_val:,} for validation, {'x'.join(map(str, data.shape))}, \
 kept on {kept}, flips {'on' if args.flip else 'off'}
 model       {sum(parts.values()) / 1e6:.2f} M parameters: {', '.join(f'{k} {v / 1e6:.2f}' for k, v in parts.items() if v)}
-prior       {args.prior}{f', {model.num_components} components' if args.prior != 'standard' else ''}; flow \
-{f'of {args.flow_length} layers, prior {args.flow_prior}, context {args.flow_context}' if args.flow_length else 'off'}
+latent      {args.latent_dim} values{f', {positions} positions of {args.latent_dim // positions} channels' if positions else ''}
+prior       {args.prior}{f', {model.num_components} components' if args.prior != 'standard' else ''}\
+{', frozen' if args.freeze_mixture else ''}; flow {flow if args.flow_length else 'off'}
 loss        {reconstruction}beta max(KL - {args.free_bits * args.latent_dim:g}, 0), \
 beta to {args.beta_max:g} over {args.warmup_epochs:g} epochs
 training    {args.epochs} epochs of {steps} steps of {trainer.batch_size} images\

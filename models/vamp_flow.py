@@ -333,8 +333,9 @@ class BiCrossAttnFlow(nn.Module):
     """zK = f(z0), a stack of bi-directional cross-attention couplings; log|det dzK/dz0| = sum of all s.
 
     With positions S > 1, z is a map of S positions with D / S channels each, and stays one: the permutations are of the
-    channels, so that a half is half of the channels at every position, and its tokens are positions (neighbours together if
-    T < S). The inverse is exact and costs the same as the forward pass. Raises ValueError on sizes that do not fit.
+    channels, so that a half is half of the channels at every position, position after position. With T = S a token is a
+    position, with fewer tokens neighbours, with more a part of one. The inverse is exact and costs the same as the forward
+    pass. Raises ValueError on sizes that do not fit.
     """
 
     def __init__(self,
@@ -404,6 +405,9 @@ class BiCrossAttnFlow(nn.Module):
         return z.unflatten(1, (2, self.positions, -1)).transpose(1, 2).flatten(1)
 
 
+JACOBIAN_NUMBERS = 2 ** 20           # of check_flow at a time: copies times the numbers in the queries of all blocks
+
+
 @torch.no_grad()
 def perturb_(module, std, generator):
     """Add N(0, std^2) to every parameter, in place: at its identity initialisation any flow passes any check."""
@@ -454,17 +458,27 @@ def check_flow(flow, batch=2, context_tokens=4, perturb=0.05, seed=0):
             if error > layer_error:
                 worst["layer"], layer_error = i + 1, error
             z = z_next
-    # The first sample's Jacobian in one backward pass: row i of D copies is differentiated for output i.
-    with torch.enable_grad():
-        copies = z0[0].expand(D, D).clone().requires_grad_(True)
-        out, _ = probe(copies, None if context is None else context[0].expand(D, -1, -1))
-    jacobian = torch.autograd.grad(out, copies, torch.eye(D, dtype=torch.float64))[0]
+    # The first sample's Jacobian: row i of copies of it is differentiated for output i, as many rows at a time as keep the
+    # activations within some hundred MB.
+    jacobian = []
+    numbers = sum(len(m.blocks) * m.queries.numel() for m in probe.modules() if isinstance(m, CrossAttnConditioner))
+    for rows in torch.eye(D, dtype=torch.float64).split(max(1, JACOBIAN_NUMBERS // numbers)):
+        with torch.enable_grad():
+            copies = z0[0].expand(len(rows), D).clone().requires_grad_(True)
+            out, _ = probe(copies, None if context is None else context[0].expand(len(rows), -1, -1))
+        jacobian.append(torch.autograd.grad(out, copies, rows)[0])
+    jacobian = torch.cat(jacobian)
     worst["log_det_error"] = max(worst["log_det_error"], relative(log_det[0], torch.linalg.slogdet(jacobian).logabsdet))
     return worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoder and decoder
+
+def require_float(x):
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floating-point numbers in [-1, 1] (utils.to_float makes them), not {x.dtype}")
+
 
 class Encoder(nn.Module):
     """ResNet encoder: at each stage a stride-2 3x3 convolution, GroupNorm, SiLU and ResBlocks, then self-attention.
@@ -486,6 +500,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         """x (B, C, H, W) -> mu, logvar (B, D) in full precision, feature map (B, F, h, w)."""
+        require_float(x)
         h = self.stages(x)
         with no_autocast(x.device.type):                        # mu in bf16 would be rounded by more than a small sigma
             features = h.flatten(2).transpose(1, 2) if self.spatial else h.flatten(1)           # (B, S, F) or (B, F S)
@@ -558,7 +573,7 @@ class CrossFlowVampVAE(nn.Module):
     decode_from  zK: the decoder sees what the flow makes. z0: it sees z0, and the flow is part of the prior alone,
                  p(z0) = p(f(z0)) |det df/dz0|, which sampling inverts. The KL is the same expression in both.
     latent_layout  vector: each latent value depends on the whole feature map. spatial: z is a map as large as the encoder's
-                   last, position after position (S, D/S), and the flow's tokens are positions.
+                   last, position after position (S, D/S); with flow_seq_len = S the flow's tokens are positions.
     """
 
     def __init__(self,
@@ -629,7 +644,8 @@ class CrossFlowVampVAE(nn.Module):
         spatial = latent_layout == "spatial"
         if spatial and latent_dim % side ** 2:
             raise ValueError(f"latent_dim {latent_dim} is not divisible by the {side ** 2} positions of a spatial latent")
-        largest = max(2 * latent_dim * hidden_dims[-1] * (1 if spatial else side ** 2), 9 * max(hidden_dims) ** 2,
+        ends = 9 * latent_dim // side ** 2 if spatial else 2 * latent_dim * side ** 2           # of the encoder, the decoder
+        largest = max(ends * hidden_dims[-1], 9 * max(hidden_dims) ** 2,
                       flow_mlp_ratio * flow_embed_dim ** 2, num_components * in_channels * img_size ** 2 * (prior == "vamp"),
                       num_components * latent_dim ** 2 * (mixture_covariance == "full"))
         if largest > LARGEST_TENSOR:
@@ -795,8 +811,7 @@ class CrossFlowVampVAE(nn.Module):
         batch with x. Raises TypeError on images of integers: in that batch they would become floating-point numbers, and
         nobody has brought them to [-1, 1].
         """
-        if not x.is_floating_point():
-            raise TypeError(f"images must be floating-point numbers in [-1, 1] (utils.to_float makes them), not {x.dtype}")
+        require_float(x)
         B = len(x)
         if prior is None and self.prior == "vamp":
             mu, logvar, features = self.encoder(torch.cat([x, self.pseudo_inputs]))              # (B + K, ...)

@@ -845,12 +845,15 @@ def sensible(flags):
         flags |= {"decode_from": "zK"}
     if flags["prior"] != "mog":
         flags |= {"mixture_covariance": "diag"}
+    if flags["latent_dim"] % (2 * (flags["img_size"] // 2 ** len(flags["hidden_dims"])) ** 2):
+        flags |= {"latent_layout": "vector"}
     return flags | ({"mixture_weights": "uniform", "balance": 0} if flags["prior"] == "standard" else {})
 
 
 GOOD_FLAGS = st.fixed_dictionaries({
     "img_size": one_of(4, 8, 12), "in_channels": one_of(1, 3), "hidden_dims": one_of([1], [6], [5, 7], [8, 4]),
-    "latent_dim": one_of(8, 16, 24), "blocks_per_stage": one_of(0, 1, 2), "prior": one_of("vamp", "mog", "standard"),
+    "latent_dim": one_of(8, 16, 24), "latent_layout": one_of("vector", "spatial"), "blocks_per_stage": one_of(0, 1, 2),
+    "prior": one_of("vamp", "mog", "standard"),
     "num_components": one_of(1, 3, 8), "pseudo_init": one_of("data", "noise"), "pseudo_noise": one_of(0, 0.05, 10),
     "flow_length": one_of(0, 1, 3), "flow_seq_len": one_of(1, 2, 4), "flow_embed_dim": one_of(4, 12),
     "flow_heads": one_of(1, 2, 4), "flow_layers": one_of(1, 2), "flow_mlp_ratio": one_of(1, 3),

@@ -999,7 +999,7 @@ def test_preset_gmm_is_a_second_stage_for_whatever_came_first(data, monkeypatch,
             main(monkeypatch, tmp_path, "--demo", "--fit_prior", tmp_path / "results/plain/last.pth", "--preset", preset)
 
 
-def test_a_frozen_mixture_stays_as_em_leaves_it_while_the_flow_is_trained(data, monkeypatch, tmp_path):
+def test_a_frozen_mixture_stays_as_em_leaves_it_while_the_flow_is_trained(data, monkeypatch, tmp_path, capsys):
     flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 4, "--lr", 1e-3]
     main(monkeypatch, tmp_path, *flags, "--prior", "standard", "--flow_length", 0, "--exp_name", "first")
     second = [*flags, "--fit_prior", tmp_path / "results/first/last.pth", "--prior", "mog", "--mixture_covariance", "full",
@@ -1022,6 +1022,14 @@ def test_a_frozen_mixture_stays_as_em_leaves_it_while_the_flow_is_trained(data, 
             same = [torch.equal(early[k], x[k]) for x in (late, early_mean, late_mean)]
             assert same == [name == "frozen"] * 3, (name, k)
         assert not all(torch.equal(flow[k], flow_then[k]) for k in flow)
+    for name in ("once more", "and again"):            # on a mixture that EM had not found, and on the one it finds itself
+        main(monkeypatch, tmp_path, *second, "--decode_from", "z0", "--freeze_mixture", "--epochs", 1, "--exp_name", name,
+             "--fit_prior", tmp_path / f"results/{'trained' if name == 'once more' else 'once more'}/last.pth")
+        said = capsys.readouterr().out
+        assert "the flow goes on from the first stage's, 2 of 2 flow layers, the mixture starts anew: --freeze_mixture" in said
+        assert "EM          20 steps for 2 components" in said and "2 components, frozen; flow of 2 layers of 1 tokens" in said
+    with pytest.raises(UserError, match=r"--freeze_mixture \(of --preset gmm_flow\) with --flow_length 0: nothing"):
+        main(monkeypatch, tmp_path, *second, "--preset", "gmm_flow", "--flow_length", 0, "--exp_name", "x")
     args, given = train.parse_args([*map(str, second), "--freeze_mixture"])
     train.check_flags(args, given)
     for name, value, message in (("fit_prior", None, "needs --fit_prior PATH"), ("flow_length", 0, "nothing would be trained"),
