@@ -150,6 +150,32 @@ def test_two_processes_measure_what_one_does(batch, more, flags, monkeypatch, tm
                 assert value == pytest.approx(b[key][number], rel=1e-4, abs=1e-4), number
 
 
+def test_two_processes_fit_a_flow_before_one_frozen_mixture(flags, monkeypatch, tmp_path):
+    """Also where EM ends elsewhere in the second process, as it may on other rounding."""
+    main(monkeypatch, tmp_path, *flags, "--prior", "standard", "--flow_length", 0, "--latent_layout", "spatial",
+         "--latent_dim", 8, "--exp_name", "first")
+    second = ["--fit_prior", "results/first/last.pth", "--preset", "gmm_flow", "--flow_length", 2, "--flow_seq_len", 2,
+              "--num_components", 2, "--batch_size", 8, "--epochs", 2, "--ema_decay", 0.5, "--no-tensorboard",
+              "--sample_every", 0, "--device", "cpu"]
+    (tmp_path / "wrapped.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+fit = train.CrossFlowVampVAE.fit_mixture_
+def elsewhere(model, *rest):
+    fit(model, *rest)
+    if os.environ["RANK"] == "1":
+        model.prior_mu.data += 1
+train.CrossFlowVampVAE.fit_mixture_ = elsewhere
+train.run(train.main)
+""")
+    main(monkeypatch, tmp_path, *second, "--exp_name", "one")
+    two = torchrun(2, *second, "--exp_name", "two", cwd=tmp_path, script=tmp_path / "wrapped.py")
+    assert two.returncode == 0, two.stderr
+    assert_close_runs(tmp_path / "results/one", tmp_path / "results/two")
+    assert len({row["val_kl_raw"] for row in history(tmp_path / "results/two")}) == 2
+
+
 @pytest.mark.slow
 def test_three_processes_with_a_streamed_data_set_train_as_one(flags, tmp_path):
     flags = [*flags, "--cache_gb", 0, "--num_workers", 1, "--batch_size", 9, "--flip"]
