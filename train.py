@@ -57,6 +57,7 @@ from utils import (
     atomic_write,
     cached_statistics,
     check_saved_flags,
+    exact_convolutions,
     extract_features,
     frechet_distance,
     gather,
@@ -117,12 +118,12 @@ WORTH_COMPILING = 10_000
 
 # Flags that may differ when a run is resumed; the rest define the result, and a different value is refused by name.
 MAY_DIFFER = {"exp_name", "save_dir", "data_dir", "device", "resume", "overwrite", "stop_epoch", "demo", "threads", "amp",
-              "compile", "cuda_graph", "fused_flow", "channels_last", "deterministic", "num_workers", "tensorboard",
-              "sample_every", "grid_images", "fid_every", "eval_batch_size", "save_every", "save_every_s", "keep",
-              "check_every", "data_cache"}
+              "compile", "cuda_graph", "fused_flow", "fused_lpips", "channels_last", "deterministic", "num_workers",
+              "tensorboard", "sample_every", "grid_images", "fid_every", "eval_batch_size", "save_every", "save_every_s",
+              "keep", "check_every", "data_cache"}
 # Of these, what a resumed run does not take over from the checkpoint.
-NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "cuda_graph", "fused_flow", "channels_last", "resume",
-                 "overwrite", "stop_epoch", "demo"}
+NOT_INHERITED = {"exp_name", "save_dir", "device", "compile", "cuda_graph", "fused_flow", "fused_lpips", "channels_last",
+                 "resume", "overwrite", "stop_epoch", "demo"}
 
 TERMS = ("loss", "pixel", "LPIPS", "KL_Raw", "KL_optim", "log_q0", "log_det", "log_p", "balance", "under_floor",
          "grad_norm", "skipped")
@@ -165,6 +166,9 @@ def build_parser():
                             "process)")
     group.add_argument("--fused_flow", action=switch, default=None,
                        help="the flow's layers as one kernel each (default: on CUDA in bf16, where Triton is installed)")
+    group.add_argument("--fused_lpips", action=switch, default=None,
+                       help="each convolution of LPIPS and its ReLU as one cuDNN call (default: on CUDA in bf16, without "
+                            "--deterministic)")
     group.add_argument("--channels_last", action=switch, default=None,
                        help="memory layout of the convolutions (default: on CUDA only)")
     group.add_argument("--deterministic", action="store_true",
@@ -521,6 +525,113 @@ def build_lpips(net, linear, device, shape, memory_format=torch.contiguous_forma
     return loss.to(device, memory_format=memory_format)
 
 
+@torch.library.custom_op("crossvampvae::conv_relu", mutates_args=(),
+                         schema="(Tensor x, Tensor weight, Tensor bias, int[] stride, int[] padding) -> Tensor")
+def conv_relu(x, weight, bias, stride, padding):
+    """relu(conv2d(x)), (B, C, H, W) -> (B, C', H', W') in channels_last, for weights without gradients.
+
+    An operation of its own, as the compiler leaves it alone then: on CUDA one call of cuDNN does it, without writing
+    what is before the ReLU.
+    """
+    if x.device.type == "cuda":
+        h = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
+    else:
+        h = torch.nn.functional.conv2d(x, weight, bias, stride, padding).relu()
+    return h.contiguous(memory_format=torch.channels_last)
+
+
+@conv_relu.register_fake
+def _(x, weight, bias, stride, padding):
+    return torch.nn.functional.conv2d(x, weight, bias, stride, padding).contiguous(memory_format=torch.channels_last)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    x, weight, _, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(x, weight, output)
+
+
+def _conv_relu_backward(ctx, grad):
+    x, weight, output = ctx.saved_tensors
+    grad = torch.ops.aten.convolution_backward(grad * (output > 0), x, weight, None, ctx.stride, ctx.padding, (1, 1), False,
+                                               (0, 0), 1, (True, False, False))[0]
+    return grad, None, None, None, None
+
+
+conv_relu.register_autograd(_conv_relu_backward, setup_context=_keep_for_backward)
+
+
+class ConvReLU(torch.nn.Module):
+    """A convolution of constant weights and the ReLU behind it, in bf16: (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.register_buffer("weight", conv.weight.detach().to(torch.bfloat16, memory_format=torch.channels_last))
+        self.register_buffer("bias", conv.bias.detach().to(torch.bfloat16))
+        self.stride, self.padding = conv.stride, conv.padding
+
+    def forward(self, x):
+        return conv_relu(x.to(self.weight.dtype), self.weight, self.bias, self.stride, self.padding)
+
+
+class WeightedSum(torch.nn.Module):
+    """A 1x1 convolution to one channel, without a bias: (B, C, H, W) -> (B, 1, H, W). A product and a sum, which the compiler
+    joins to what is around them."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.register_buffer("weight", conv.weight.detach())
+
+    def forward(self, x):
+        return (x * self.weight).sum(1, keepdim=True)
+
+
+def with_fused_layers(lpips):
+    """A copy of a Perceptual that computes in bf16 in fewer and larger pieces, to train with."""
+    lpips = copy.deepcopy(lpips)
+    for layers in [m for m in lpips.library.net.modules() if isinstance(m, torch.nn.Sequential)]:
+        named = list(layers.named_children())
+        for (name, conv), (behind, relu) in zip(named, named[1:]):
+            if isinstance(conv, torch.nn.Conv2d) and isinstance(relu, torch.nn.ReLU):
+                assert conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+                setattr(layers, name, ConvReLU(conv))
+                setattr(layers, behind, torch.nn.Identity())
+    if lpips.library.lpips:                               # weighted channels (linear)
+        for i, linear in enumerate(lpips.library.lins):
+            lpips.library.lins[i] = WeightedSum(linear.model[-1])
+    return lpips
+
+
+def check_fused_lpips(lpips, fused, shape, seed=0):
+    """Relative errors of the distances and their gradients, the larger of the two: of a with_fused_layers in autocast, and of
+    autocast without; both against float32, on images (n, C, H, W) on the network's device."""
+    device, generator = next(lpips.buffers()).device, torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    x = torch.tanh(x)
+
+    def results(network, amp):
+        recon = torch.tanh(x + 0.3 * noise).requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            distance = network(recon, x).float()
+        return distance.detach(), torch.autograd.grad(distance.sum(), recon)[0]
+
+    with exact_convolutions():
+        exact = results(lpips, False)
+        return tuple(max(((found - wanted).norm() / wanted.norm()).item()
+                         for found, wanted in zip(results(network, True), exact)) for network in (fused, lpips))
+
+
+def fuse_lpips(trainer, blank):
+    """Let a with_fused_layers train instead of LPIPS, if it computes here what that does; a note says if not."""
+    try:
+        fused = with_fused_layers(trainer.lpips)
+        error, allowed = check_fused_lpips(trainer.lpips, fused, (min(len(blank), 32), *blank.shape[1:]))
+        if not error <= 2 * allowed + 0.01:
+            raise RuntimeError(f"relative error {error:.3f}, of autocast {allowed:.3f}")
+        trainer.lpips, trainer.criterion = fused, functools.partial(loss_parts, trainer.args, trainer.model, fused)
+    except Exception as e:                                # as for the flow's kernels
+        print(f"note: the fused layers of LPIPS do not work here ({one_line(e)}); going on without them")
+
+
 def reconstruction_error(args, lpips, x, recon):
     """(pixel, LPIPS), means over the batch: the --recon_loss summed over an image's pixels; LPIPS, 0 where it is off."""
     recon = recon.float()
@@ -695,7 +806,8 @@ class Now(NamedTuple):
 class Trainer:
     """Weights, optimiser, schedule, history and position of one training run.
 
-    network and criterion are what a training step calls: the model and its loss, compiled and distributed where asked.
+    network and criterion are what a training step calls: the model and its loss, compiled and distributed where asked; lpips
+    is the Perceptual that this loss has.
     graph is the StepGraph that does the whole of it, if there is one; rounded the RoundedWeights.
     """
 
@@ -704,7 +816,7 @@ class Trainer:
         self.lpips_id = lpips.sha256 if lpips else None
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.device = next(model.parameters()).device
-        self.network, self.criterion = model, functools.partial(loss_parts, args, model, lpips)
+        self.network, self.lpips, self.criterion = model, lpips, functools.partial(loss_parts, args, model, lpips)
         self.graph = self.rounded = None
         self.epoch, self.step, self.best_fid, self.history = 0, 0, math.inf, []
         self.ema = copy.deepcopy(model).eval().requires_grad_(False) if args.ema_decay else None
@@ -876,6 +988,11 @@ class Trainer:
 
 def can_fuse_flow(flow, device, amp):
     return device.type == "cuda" and amp and flow is not None and fused_sizes(flow) is not None
+
+
+def can_fuse_lpips(args, device, amp):
+    return (device.type == "cuda" and amp and args.lpips_net != "none" and not args.fit_prior
+            and not args.deterministic)                   # the call knows no such promise
 
 
 def fuse_flow(flow, batch_size):
@@ -1050,10 +1167,12 @@ def record_step(trainer, batch, amp):
         print(f"note: no CUDA graph can be recorded here ({one_line(e)}); going on without it")
 
 
-def speed_up(trainer, blank, amp, fused, compiled, graph):
+def speed_up(trainer, blank, amp, fused_flow, fused_lpips, compiled, graph):
     """All that makes a step faster, in the order in which each needs what comes before it. blank: a batch, see prepared."""
-    if fused:
+    if fused_flow:
         fuse_flow(trainer.model.flow, len(blank))
+    if fused_lpips:
+        fuse_lpips(trainer, blank)
     if amp and process_count() == 1:                      # before compiling: other types of weights would compile it all again
         round_together(trainer)
     if compiled:
@@ -1423,7 +1542,8 @@ def print_plan(args, trainer, data, held_out, amp):
     n_val = min(args.val_images or len(held_out), len(held_out))
     fid = f"every {args.fid_every} epochs, {args.fid_samples:,} samples" if args.fid_every else "off"
     options = [f"{process_count()} processes"] * (process_count() > 1) + ["bf16 autocast" if amp else "float32"]
-    options += [n for n in ("channels_last", "fused_flow", "compile", "cuda_graph", "deterministic") if getattr(args, n)]
+    options += [n for n in ("channels_last", "fused_flow", "fused_lpips", "compile", "cuda_graph", "deterministic")
+                if getattr(args, n)]
     lpips = "no LPIPS"
     if args.lpips_net != "none":
         lpips = f"{args.lpips_weight:g} LPIPS-{args.lpips_net} ({weights_title(LPIPS_FILES[args.lpips_net], trainer.lpips_id)})"
@@ -1524,6 +1644,10 @@ def train(stack):
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     lpips = build_lpips(args.lpips_net, args.lpips_linear, device, (args.in_channels, args.img_size, args.img_size),
                         memory_format)
+    fusible = can_fuse_lpips(args, device, amp)
+    if args.fused_lpips and not fusible:
+        print("note: --fused_lpips needs LPIPS in the training, a CUDA GPU, bf16 and no --deterministic; going on without it")
+    args.fused_lpips = fusible and args.fused_lpips is not False
     extractor = InceptionFeatures(device, args.fid_dims) if args.fid_every else None
     if extractor and args.fid_samples < 2048:
         print(f"note: FID from {args.fid_samples} samples is far too high (its covariance has at most that rank); "
@@ -1593,7 +1717,7 @@ def train(stack):
     stack.enter_context(contextlib.redirect_stdout(Unbreakable(sys.stdout, stop.nobody_reads)))
     speed_up(trainer, torch.zeros(batch_size // process_count(), *training_set.shape, device=device,
                                   dtype=torch.float32 if args.fit_prior else torch.uint8),
-             amp, args.fused_flow, args.compile, args.cuda_graph)
+             amp, args.fused_flow, args.fused_lpips, args.compile, args.cuda_graph)
     if process_count() > 1:
         parallel = torch.nn.parallel.DistributedDataParallel
         new = "forward_sync_buffers" in inspect.signature(parallel).parameters

@@ -169,14 +169,29 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
 
 class GroupNorm(nn.GroupNorm):
     """With as many groups as divide the channels, at most 32, each of four channels or more; in full precision, as autocast
-    has it on CUDA (on a CPU it takes bf16 as it comes, which is slower too)."""
+    has it on CUDA (on a CPU it takes bf16 as it comes, which is slower too).
+
+    Compiled for CUDA it takes the moments of each channel first and those of its group from them: with channels_last a
+    group's values lie scattered, which made a whole training step a tenth slower.
+    """
 
     def __init__(self, channels):
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (channels % g == 0 and channels // g >= 4))
         super().__init__(groups, channels)
 
     def forward(self, x):
-        return super().forward(full_precision(x))
+        x = full_precision(x)
+        return self.by_channels(x) if torch.compiler.is_compiling() and x.device.type == "cuda" else super().forward(x)
+
+    def by_channels(self, x):
+        """The same: (B, C, H, W) -> (B, C, H, W)."""
+        var, mean = (m.unflatten(1, (self.num_groups, -1)) for m in torch.var_mean(x, (2, 3), correction=0))    # (B, G, C/G)
+        centre = mean.mean(2, keepdim=True)                                                     # (B, G, 1)
+        # (The mean of the channels' variances, and the variance of their means.)
+        factor = torch.rsqrt((var + (mean - centre).square()).mean(2, keepdim=True) + self.eps)
+        scale = self.weight * factor.expand_as(mean).flatten(1)                                 # (B, C)
+        shift = self.bias - centre.expand_as(mean).flatten(1) * scale
+        return x * scale[:, :, None, None] + shift[:, :, None, None]
 
 
 def attention(q, k, v, heads):

@@ -48,10 +48,12 @@ def flags_of(*flags):
     return args
 
 
-def random_lpips(place=lambda net: net):
+def random_lpips(place=lambda net: net, net="squeeze", linear=True):
     """LPIPS with random weights, as build_lpips makes it."""
-    return place(train.Perceptual(lpips_library.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False),
-                                  None).eval().requires_grad_(False))
+    library = lpips_library.LPIPS(net=net, lpips=linear, pretrained=False, pnet_rand=True, verbose=False)
+    for layer in library.lins if linear else ():                             # as trained ones: not below zero
+        torch.nn.init.uniform_(layer.model[-1].weight, 0, 1)
+    return place(train.Perceptual(library, None).eval().requires_grad_(False))
 
 
 class CopyToCPU(Exception):
@@ -139,10 +141,17 @@ def test_a_step_stays_on_the_device_and_never_waits_for_it(pretended, flags, amp
     assert trainer.optimizer.param_groups[0]["fused"]
 
 
-def test_a_step_with_lpips_stays_on_the_device(pretended):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_with_lpips_stays_on_the_device(pretended, monkeypatch, fused):
     args = flags_of("--img_size", "32")
     args.lpips_net = "squeeze"
-    step(pretended(args, with_lpips=True), True)
+    trainer = pretended(args, with_lpips=True)
+    if fused:
+        monkeypatch.setattr(train, "check_fused_lpips", lambda *_: (0.01, 0.01))             # asks for values
+        monkeypatch.setattr(train, "copy", types.SimpleNamespace(deepcopy=lambda lpips: lpips))
+        train.fuse_lpips(trainer, batch_of(args))
+        assert isinstance(trainer.lpips.library.net.slice1[0], train.ConvReLU)
+    step(trainer, True)
 
 
 @pytest.mark.parametrize("what, error", [("reads a value", DataDependentOutputException),
@@ -355,6 +364,102 @@ def test_kernels_on_a_gpu(sizes, batch):
     assert flow.inverse(flow.eval()(z)[0])[0].sub(z).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("compiled, device, wanted", [(True, "cuda", 1), (True, "cpu", 0), (False, "cuda", 0)])
+def test_group_norms_take_the_moments_of_channels_where_compiled_for_a_gpu(pretended, monkeypatch, compiled, device, wanted):
+    asked = []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    monkeypatch.setattr(vamp_flow.GroupNorm, "by_channels", lambda _, x: asked.append(x) or x)
+    with torch.device(device):
+        vamp_flow.GroupNorm(8)(torch.empty(2, 8, 4, 4))
+    assert len(asked) == wanted
+
+
+def lpips_results(network, x, recon):
+    """Distances and their gradients."""
+    recon = recon.clone().requires_grad_()
+    distance = network(recon, x)
+    return distance.detach(), torch.autograd.grad(distance.sum(), recon)[0]
+
+
+@pytest.mark.parametrize("net, layers, linear",
+                         [("vgg", 13, True), ("vgg", 13, False), ("alex", 5, True), ("squeeze", 1, True)])
+def test_fused_lpips_is_lpips(net, layers, linear):
+    """In float32, to which its layers are brought here, from weights that bf16 does not round; and then in bf16."""
+    lpips, generator = random_lpips(net=net, linear=linear), torch.Generator().manual_seed(0)
+    lpips.bfloat16().float()
+    for name, p in lpips.named_parameters():                                 # (PyTorch's biases start at almost nothing)
+        if name.endswith("bias"):
+            p.copy_((0.1 * torch.randn(p.shape, generator=generator)).bfloat16())
+    fused = train.with_fused_layers(lpips)
+    assert sum(isinstance(m, train.ConvReLU) for m in fused.modules()) == layers
+    assert sum(isinstance(m, train.WeightedSum) for m in fused.modules()) == linear * len(lpips.library.chns)
+    assert not any(isinstance(m, (train.ConvReLU, train.WeightedSum)) for m in lpips.modules())     # the copy alone
+    x, recon = (2 * torch.rand(2, 2, 3, 64, 64, generator=generator) - 1).unbind()
+    wanted, found = lpips_results(lpips, x, recon), lpips_results(copy.deepcopy(fused).float(), x, recon)
+    for a, b in zip(found, wanted):
+        assert (a - b).norm() <= 1e-4 * b.norm() and b.norm() > 0
+    error, allowed = train.check_fused_lpips(lpips, fused, (2, 3, 64, 64))
+    assert 0 < error <= 1.5 * allowed
+
+
+@pytest.mark.parametrize("stride, padding", [((1, 1), (1, 1)), ((2, 2), (0, 0)), ((4, 4), (2, 2))])
+def test_the_operation_of_fused_lpips_is_a_proper_one(stride, padding):
+    """What PyTorch asks of one: schema, gradient, fake tensors, compilation; and its gradient is that of its layers."""
+    x, weight, bias = torch.randn(2, 3, 16, 16, requires_grad=True), torch.randn(4, 3, 5, 5), torch.randn(4)
+    torch.library.opcheck(torch.ops.crossvampvae.conv_relu.default, (x, weight, bias, stride, padding))
+    found = train.conv_relu(x, weight, bias, stride, padding)
+    wanted = torch.nn.functional.conv2d(x, weight, bias, stride, padding).relu()
+    assert found.is_contiguous(memory_format=torch.channels_last) and torch.allclose(found, wanted, atol=1e-6)
+    grad = torch.randn(found.shape)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, wanted)))
+
+
+def trainer_with_lpips(device="cpu"):
+    args = flags_of("--img_size", "32")
+    args.lpips_net = "squeeze"
+    model = CrossFlowVampVAE(**train.model_args_of(args)).to(device)
+    return train.Trainer(args, model, random_lpips().to(device), 3, args.batch_size, None, "")
+
+
+def test_training_takes_the_fused_lpips_and_validation_does_not():
+    trainer = trainer_with_lpips()
+    library = trainer.lpips
+    train.fuse_lpips(trainer, torch.zeros(4, 3, 32, 32))
+    assert trainer.lpips is not library and trainer.criterion.args[2] is trainer.lpips
+    assert not any(isinstance(m, train.ConvReLU) for m in library.modules())
+
+
+@pytest.mark.parametrize("fault", ["fails", "is wrong", "gives NaN"])
+def test_no_fused_lpips_is_a_note(fault, monkeypatch, capsys):
+    trainer, forward = trainer_with_lpips(), train.ConvReLU.forward
+    lpips, criterion = trainer.lpips, trainer.criterion
+
+    def spoiled(self, x):
+        if fault == "fails":
+            raise RuntimeError("no such engine")
+        return forward(self, -x) if fault == "is wrong" else forward(self, x) * torch.nan
+
+    monkeypatch.setattr(train.ConvReLU, "forward", spoiled)
+    train.fuse_lpips(trainer, torch.zeros(4, 3, 32, 32))
+    assert trainer.lpips is lpips and trainer.criterion is criterion
+    assert capsys.readouterr().out.startswith("note: the fused layers of LPIPS do not work here (")
+
+
+@pytest.mark.parametrize("device, amp, flags, fits", [
+    ("cuda", True, (), True), ("cpu", True, (), False), ("cuda", False, (), False), ("cuda", True, ("--deterministic",), False),
+    ("cuda", True, ("--lpips_net", "none"), False), ("cuda", True, ("--fit_prior", "x.pth"), False)])
+def test_when_lpips_is_fused(device, amp, flags, fits):
+    assert train.can_fuse_lpips(train.parse_args([*flags])[0], torch.device(device), amp) == fits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
+def test_fused_lpips_on_a_gpu(net):
+    lpips = random_lpips(net=net).cuda()
+    error, allowed = train.check_fused_lpips(lpips, train.with_fused_layers(lpips), (32, 3, 64, 64))
+    assert 0 < error <= 2 * allowed + 0.01
+
+
 def test_no_kernels_is_a_note(capsys):
     flow = BiCrossAttnFlow(16, length=1, seq_len=2, embed_dim=32, heads=2)
     train.fuse_flow(flow, 4)
@@ -384,6 +489,8 @@ def test_parts_are_one_graph_each_without_recompiling(flags, amp):
     model = CrossFlowVampVAE(**train.model_args_of(args))
     perturb_(model, 0.05, torch.Generator().manual_seed(0))
     lpips = random_lpips() if with_lpips else None
+    if with_lpips and amp:                                                   # as it is trained with then
+        lpips = train.with_fused_layers(lpips)
     trainer = train.Trainer(args, model, lpips, 3, args.batch_size, None, "")
     eager = copy.deepcopy(model)
     torch._dynamo.reset()

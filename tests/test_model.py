@@ -221,6 +221,27 @@ def test_group_norms_are_computed_in_full_precision():
     assert norm.double()(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("channels, side", [(1, 4), (8, 4), (24, 3), (256, 2), (64, 1)])
+def test_group_norms_from_the_moments_of_channels_are_group_norms(channels, side):
+    """In values and gradients, with means of very different sizes; and a group's mean is not each channel's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    norm, x, grad = GroupNorm(channels).double(), randn(3, channels, side, side), randn(3, channels, side, side)
+    x = (3 * x + 10 * randn(1, channels, 1, 1)).to(memory_format=torch.channels_last).requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(randn(channels))
+        norm.bias.copy_(randn(channels))
+    wanted, found = norm(x), norm.by_channels(x)
+    inputs = [x, norm.weight, norm.bias]
+    for a, b in zip((wanted, *torch.autograd.grad(wanted, inputs, grad)), (found, *torch.autograd.grad(found, inputs, grad))):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-11)
+    x = x.detach().float()
+    torch.testing.assert_close(norm.float().by_channels(x), norm(x), rtol=1e-5, atol=1e-5)
+
+
 def test_prior_with_a_flow_of_its_own_is_a_density_of_z0():
     model = make(latent_dim=4, decode_from="z0", mixture_weights="learned")
     with torch.no_grad():

@@ -99,14 +99,16 @@ def test_images_a_second_count_the_steps_that_were_made(monkeypatch):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_makes_a_step_faster_comes_in_its_order(processes, monkeypatch):
     done, trainer = [], make_trainer()
-    for name in ("fuse_flow", "round_together", "compile_step", "record_step"):
+    for name in ("fuse_flow", "fuse_lpips", "round_together", "compile_step", "record_step"):
         monkeypatch.setattr(train, name, lambda *_, name=name: done.append(name))
     monkeypatch.setattr(train, "process_count", lambda: processes)
-    train.speed_up(trainer, images(8), True, True, True, True)
-    assert done == ["fuse_flow", *["round_together"] * (processes == 1), "compile_step", "record_step"]
+    train.speed_up(trainer, images(8), True, True, True, True, True)
+    assert done == ["fuse_flow", "fuse_lpips", *["round_together"] * (processes == 1), "compile_step", "record_step"]
     done.clear()
-    train.speed_up(trainer, images(8), False, False, False, False)
-    assert done == []
+    for switch, name in enumerate(("fuse_flow", "fuse_lpips", "compile_step", "record_step")):
+        train.speed_up(trainer, images(8), False, *(i == switch for i in range(4)))
+        assert done == [name]
+        done.clear()
 
 
 def test_objective_is_what_the_readme_says():
@@ -232,7 +234,7 @@ def test_only_a_demo_without_a_name_or_place_of_its_own_overwrites():
 
 
 def test_a_resumed_run_takes_over_all_that_is_not_the_machines_or_the_invocations():
-    machine = {"device", "compile", "cuda_graph", "fused_flow", "channels_last"}
+    machine = {"device", "compile", "cuda_graph", "fused_flow", "fused_lpips", "channels_last"}
     invocation = {"exp_name", "save_dir", "resume", "overwrite", "stop_epoch", "demo"}
     assert train.NOT_INHERITED == machine | invocation <= train.MAY_DIFFER
 

@@ -12,7 +12,8 @@ Cases
     fast     the flags that train.py chooses on this device (bf16, channels_last, compile and cuda_graph on a GPU)
     no_graph    the same with --no-cuda_graph
     no_compile  the same with --no-compile
-    no_fused    the same with --no-fused_flow
+    no_fused_flow    the same with --no-fused_flow
+    no_fused_lpips   the same with --no-fused_lpips
     compile  float32 with --channels_last --compile
     bf16     --amp bf16 --channels_last, else as eager: for a CPU that computes in bf16
 
@@ -40,12 +41,13 @@ from report import print_line, report, rounded, synchronize, take_turns
 import train
 from utils import MemoryImages, pick_device, run
 
-# --amp bf16, --channels_last, --compile, --cuda_graph, --fused_flow of each case; None: as train.py chooses on the device.
-SETTINGS = {"eager": (False, False, False, False, False), "layout": (False, True, False, False, False),
-            "compile": (False, True, True, False, False), "bf16": (True, True, False, False, False),
-            "fast": (None, None, None, None, None),
-            "no_graph": (None, None, None, False, None), "no_compile": (None, None, False, None, None),
-            "no_fused": (None, None, None, None, False)}
+# --amp bf16, --channels_last, --compile, --cuda_graph, --fused_flow, --fused_lpips of each case; None: as train.py chooses on
+# the device.
+SETTINGS = {"eager": (False,) * 6, "layout": (False, True, False, False, False, False),
+            "compile": (False, True, True, False, False, False), "bf16": (True, True, False, False, False, False),
+            "fast": (None,) * 6,
+            "no_graph": (None, None, None, False, None, None), "no_compile": (None, None, False, None, None, None),
+            "no_fused_flow": (None, None, None, None, False, None), "no_fused_lpips": (None, None, None, None, None, False)}
 
 
 def random_lpips():
@@ -66,17 +68,20 @@ def make_trainer(args, flags, images, lpips, device, channels_last):
 class Fast:
     """train.py's own steps, for `steps` at a time."""
 
-    def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled, graph, fused):
+    def __init__(self, args, flags, images, lpips, device, amp, channels_last, compiled, graph, fused_flow,
+                 fused_lpips):
         self.trainer, self.amp = make_trainer(args, flags, images, lpips, device, channels_last), amp
         self.data = MemoryImages(images, device)
-        eager, blank = self.trainer.criterion, torch.zeros_like(self.data.images[:args.batch_size])
+        eager, before, blank = self.trainer.criterion, self.trainer.lpips, torch.zeros_like(self.data.images[:args.batch_size])
         start = time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):            # they say what they do; standard output is for JSON
-            fused = fused and train.can_fuse_flow(self.trainer.model.flow, device, amp)
-            train.speed_up(self.trainer, blank, amp, fused, compiled, graph)
+            fused_flow = fused_flow and train.can_fuse_flow(self.trainer.model.flow, device, amp)
+            fused_lpips = fused_lpips and lpips is not None and train.can_fuse_lpips(flags, device, amp)
+            train.speed_up(self.trainer, blank, amp, fused_flow, fused_lpips, compiled, graph)
         # It goes on without where one of them fails.
         flow = self.trainer.model.flow
         self.about = {"fused_flow": flow is not None and flow.fold_norms is not None,
+                      "fused_lpips": self.trainer.lpips is not before,
                       "compiled": self.trainer.criterion is not eager, "cuda_graph": self.trainer.graph is not None,
                       "preparation_s": rounded(time.monotonic() - start)}
         self.trainer.model.train()
@@ -153,7 +158,7 @@ def gflop(work):
 
 def parts_of_step(trainer, amp):
     """{name: work} of the parts of a step on one batch, each forward and backward by itself."""
-    model, lpips, device, B = trainer.model, trainer.criterion.args[2], trainer.device, trainer.batch_size
+    model, lpips, device, B = trainer.model, trainer.lpips, trainer.device, trainer.batch_size
     x = torch.zeros(B, trainer.args.in_channels, model.img_size, model.img_size, device=device)
     with torch.no_grad():
         out = model(x, torch.zeros(B, model.latent_dim, device=device), model.prior_params())
@@ -249,12 +254,16 @@ def main():
     if args.parts:
         amp, layout, *_ = settings["fast"]
         trainer = make_trainer(args, flags, images, lpips, device, layout)
+        counts = {name: gflop(work) for name, work in parts_of_step(trainer, amp).items()}      # of what is fused, nothing is
         if train.can_fuse_flow(trainer.model.flow, device, amp):
             train.fuse_flow(trainer.model.flow, args.batch_size)
+        if lpips is not None and train.can_fuse_lpips(flags, device, amp):
+            train.fuse_lpips(trainer, images[:args.batch_size])
         works = parts_of_step(trainer, amp)
-        counts = {name: gflop(work) for name, work in works.items()}                            # and a warm-up
         for group in trainer.optimizer.param_groups:
             group["capturable"] = cuda
+        for work in works.values():                             # a warm-up
+            work()
         if cuda:                                                # as a step is recorded: else Python sets the pace
             works = {name: train.as_cuda_graph(work, device).replay for name, work in works.items()}
         timings = dict(zip(works, take_turns(works.values(), args.rounds, device)))
