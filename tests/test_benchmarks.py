@@ -31,6 +31,9 @@ SCRIPTS = {                     # flags, cases of the lines, those that are set 
     "bench_export": (["--images", 20, "--size", 16, "--repeat", 1], ["write", "sample", "export"], {"write", "export"}),
     "bench_data": (["--images", 150, "--size", 8, "--rounds", 1], ["decode", "batches"], {"decode", "batches"}),
     "bench_fid": (["--images", 4, "--dims", 64, "--rounds", 1, "--device", "cpu"], ["fid features"], {"fid features"}),
+    "bench_fid --variants": (["--variants", "--images", 4, "--dims", 64, "--rounds", 1, "--device", "cpu"],
+                             [f"fid features: {number}{search}, {layout}" for number in ("float32", "TF32")
+                              for search in ("", ", search") for layout in ("contiguous_format", "channels_last")], set()),
     "bench_train": ([*NETWORK, "--img_size", 16, "--rounds", 1, "--parts", "--profile", "layout", "--cases", "plain", "layout"],
                     ["plain", "layout", "part: encoder", "part: flow", "part: prior with its pseudo-inputs", "part: decoder",
                      "part: LPIPS", "part: clipping, optimiser and EMA", "profile: layout"], {"layout"}),
@@ -46,6 +49,7 @@ QUICK = {"bench_pr", "bench_train"}
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS])
 def test_benchmark_prints_a_line_of_json_for_each_case(name, tmp_path, fake_hub):
     flags, cases, with_plain = SCRIPTS[name]
+    name = name.split()[0]
     if name == "bench_fid":
         fake_hub.inception()
     plot = ["--plot", tmp_path / "scaling.png"] if name == "bench_scaling" else []
