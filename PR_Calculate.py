@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from utils import (
     FlagParser,
@@ -44,6 +43,7 @@ from utils import (
     load_hub_weights,
     mean_and_covariance,
     pick_device,
+    progress_bar,
     read_arrays,
     read_image,
     read_manifest,
@@ -476,8 +476,7 @@ def manifold_metrics(real, fake, k=3, k_density=5, device="cpu", chunk=None, pro
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_full_float32())
-        bar = stack.enter_context(tqdm(total=N * N + M * M + N * M, desc="pairs", unit="pair", unit_scale=True,
-                                       leave=False, disable=not progress))
+        bar = stack.enter_context(progress_bar(N * N + M * M + N * M, "pairs", "pair", progress, unit_scale=True))
         cores = stack.enter_context(_one_thread())
         work = stack.enter_context(Workspace(chunk, device, cores))
         near = _neighbour_distances(real, max(k, k_density), chunk, work, bar)
@@ -675,8 +674,8 @@ def survey_folder(folder, flag, num_images=0, seed=0, skip_corrupt=False, progre
         return path, image.shape[:2], hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
 
     found = []
-    with ThreadPoolExecutor(cpu_count()) as pool, tqdm(total=len(paths), desc=f"reading {Path(folder).name}", unit="img",
-                                                       disable=not progress, leave=False) as bar:
+    with ThreadPoolExecutor(cpu_count()) as pool, progress_bar(len(paths), f"reading {Path(folder).name}",
+                                                               wanted=progress) as bar:
         for s in range(0, len(paths), 1024):                  # an error stops the work at the next thousand
             found += pool.map(look, paths[s:s + 1024])
             bar.update(len(paths[s:s + 1024]))

@@ -36,7 +36,6 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
-from tqdm import tqdm
 
 from utils import (
     FlagParser,
@@ -44,6 +43,7 @@ from utils import (
     atomic_write_all,
     cpu_count,
     plain_text,
+    progress_bar,
     pyplot,
     read_json,
     run,
@@ -855,8 +855,7 @@ def analyse(tables, args):
                 out.update(zip(columns, pairs))
         return name, out
 
-    with tqdm(total=args.bootstrap * len(tables), desc="bootstrap", unit="resample", leave=False,
-              disable=sum(map(len, tables.values())) < 20000) as bar, \
+    with progress_bar(args.bootstrap * len(tables), "bootstrap", "resample", sum(map(len, tables.values())) >= 20000) as bar, \
             ThreadPoolExecutor(args.workers or cpu_count()) as pool:
         for name, out in pool.map(work, tables):
             for metric, result in out.items():

@@ -30,7 +30,6 @@ import pandas as pd
 import scipy.fft
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
-from tqdm import tqdm
 
 from utils import (
     FlagParser,
@@ -41,6 +40,7 @@ from utils import (
     in_processes,
     list_images,
     png_is_whole,
+    progress_bar,
     read_image,
     read_json,
     read_manifest,
@@ -233,7 +233,7 @@ def analyse(files, r0=0.25, skip_corrupt=False, workers=1, batch_size=256):
     chunks = [[str(f) for f in files[i:i + batch_size]] for i in range(0, len(files), batch_size)]
     work = partial(analyse_files, r0=r0, skip_corrupt=skip_corrupt)
     values, digests, sizes = [], [], Counter()
-    with tqdm(total=len(files), desc="sharpness", unit="img", disable=len(files) < 1000, leave=False) as bar:
+    with progress_bar(len(files), "sharpness", wanted=len(files) >= 1000) as bar:
         for v, d, s in in_processes(work, chunks, workers):
             values.append(v)
             digests.extend(d)

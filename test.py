@@ -48,7 +48,6 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from csv_analysis import safe_tag
 from models.vamp_flow import check_flow
@@ -90,6 +89,7 @@ from utils import (
     mean_and_covariance,
     my_share,
     plain_text,
+    progress_bar,
     pyplot,
     read_json,
     run,
@@ -213,11 +213,6 @@ def check_flags(args):
 def require_plain_name(what, name):
     if not name.strip() or name in (".", "..") or set(name) & set("/\\\0"):
         raise UserError(f"{what} {name!r}: must be a plain name")
-
-
-def progress_bar(total, desc):
-    """A bar for eyes, not for log files; of the main process alone."""
-    return tqdm(total=total, desc=desc, unit="img", disable=None if is_main() else True, leave=False)
 
 
 def my_batches(n, size):

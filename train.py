@@ -73,6 +73,7 @@ from utils import (
     my_share,
     name_again,
     process_count,
+    progress_bar,
     pyplot,
     read_checkpoint,
     read_json,
@@ -730,7 +731,7 @@ def start_mixture(args, model, posteriors):
         points.append(model.mixture_latent(out))
     print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
     model.fit_mixture_(torch.cat(points), EM_STEPS, generator,
-                       functools.partial(tqdm, desc="EM", unit="step", leave=False, disable=not is_main()))
+                       functools.partial(tqdm, desc="EM", unit="step", leave=False, disable=None if is_main() else True))
     if process_count() > 1:     # whose posteriors, and so their clusters, may differ by rounding
         for name, p in model.named_parameters():
             if name.startswith("prior_"):
@@ -760,11 +761,12 @@ def encode_all(args, model, data, device):
     image. A second stage trains on them, since the encoder no longer moves; flipping the last axis flips the image."""
     size = images_at_a_time(args.img_size)                # not --eval_batch_size, which may change when a run is resumed
     posteriors = []
-    for batch in tqdm(data.batches(torch.arange(len(data)).split(size), device), total=math.ceil(len(data) / size),
-                      desc="encoding", leave=False, disable=not is_main()):
-        x = to_float(batch)
-        views = [x, x.flip(3)] if args.flip else [x]
-        posteriors.append(torch.stack([torch.stack(model.encode(y), 1) for y in views], 3).cpu())
+    with progress_bar(len(data), "encoding") as bar:
+        for batch in data.batches(torch.arange(len(data)).split(size), device):
+            x = to_float(batch)
+            views = [x, x.flip(3)] if args.flip else [x]
+            posteriors.append(torch.stack([torch.stack(model.encode(y), 1) for y in views], 3).cpu())
+            bar.update(len(batch))
     posteriors = torch.cat(posteriors)
     return MemoryImages(posteriors, device if posteriors.nbytes <= args.cache_gb * 2 ** 30 else "cpu")
 

@@ -774,7 +774,7 @@ def decode_images(paths, channels=3, size=None, desc="decoding images", progress
     decoded = in_processes(read, chunks, min(cpu_count() // process_count(), 16)) if many else \
         map(read, chunks) if small else _in_threads(read, [[path] for path in paths])
     start = 0
-    with tqdm(total=len(paths), desc=desc, unit="img", leave=False, disable=not progress or len(paths) < 1000) as bar:
+    with progress_bar(len(paths), desc, wanted=progress and len(paths) >= 1000) as bar:
         for images in decoded:
             out[start:start + len(images)] = images
             start += len(images)
@@ -825,6 +825,11 @@ def decode_kept(paths, root, channels, size, name, folder):
         except UserError:                                 # another process is at it
             pass
     return images
+
+
+def progress_bar(total, desc, unit="img", wanted=True, **more):
+    """A bar for eyes, not for log files, which would have thousands of lines of it; of the main process alone."""
+    return tqdm(total=total, desc=desc, unit=unit, leave=False, disable=None if wanted and is_main() else True, **more)
 
 
 def _in_threads(work, items):
@@ -1377,7 +1382,7 @@ def exact_convolutions():
 def extract_features(extractor, batches, total, desc="features", progress=True):
     """Features of an iterable of uint8 batches, `total` images in all -> float32 array (total, dims)."""
     out, n = np.empty((total, extractor.dims), np.float32), 0
-    with tqdm(total=total, desc=desc, unit="img", disable=not progress, leave=False) as bar, exact_convolutions():
+    with progress_bar(total, desc, wanted=progress) as bar, exact_convolutions():
         for batch in batches:
             out[n:n + len(batch)] = extractor(batch).numpy()
             n += len(batch)

@@ -1,6 +1,7 @@
 """Images in and out: reading, resizing, splitting, listing, atomic files."""
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from utils import (
     list_images,
     load_data,
     my_share,
+    progress_bar,
     read_image,
     save_png,
     seeded,
@@ -45,6 +47,19 @@ def test_to_uint8_inverts_to_float_and_rounds():
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(every)), every)
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.003, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("terminal, main_process, wanted, shown",
+                         [(True, True, True, True), (False, True, True, False), (True, False, True, False),
+                          (True, True, False, False)])
+def test_progress_bars_are_for_a_terminal(monkeypatch, terminal, main_process, wanted, shown):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(utils, "is_main", lambda: main_process)
+    with progress_bar(3, "reading", wanted=wanted) as bar:
+        bar.update(3)
+    assert ("reading" in stream.getvalue()) == shown
 
 
 def test_png_round_trip_is_exact(tmp_path):
