@@ -1267,6 +1267,18 @@ def test_bf16_learns_what_float32_does(flags, data, monkeypatch, tmp_path, capsy
         assert fast[-1] == pytest.approx(exact[-1], rel=0.03), column
 
 
+@pytest.mark.parametrize("flag, possible, fused", [((), True, True), (("--no-fused_lpips",), True, False),
+                                                   ((), False, False), (("--fused_lpips",), False, False)])
+def test_lpips_is_fused_where_it_can_be(flag, possible, fused, data, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(train, "can_fuse_lpips", lambda *_: possible)
+    monkeypatch.setattr(train, "speed_up", lambda _trainer, _blank, _amp, _flow, lpips, *_: asked.append(lpips))
+    main(monkeypatch, tmp_path, *data, *flag, "--epochs", 1, "--sample_every", 0, "--exp_name", "a")
+    assert asked == [fused] == [json.loads((tmp_path / "results/a/args.json").read_text())["fused_lpips"]]
+    said = capsys.readouterr().out
+    assert ("note: --fused_lpips needs LPIPS" in said) == ("--fused_lpips" in flag) and (" fused_lpips" in said) == fused
+
+
 @pytest.mark.parametrize("computes", [True, False, None])
 def test_bf16_on_a_cpu_is_said_to_be_slow_where_it_is(computes, data, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "cpu_computes_bf16", lambda: computes)
