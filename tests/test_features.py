@@ -142,6 +142,28 @@ def test_frechet_distance_matches_general_matrix_square_root():
     assert frechet_distance(m2, s2, m1, s1) == pytest.approx(expected, rel=1e-10)
 
 
+def test_frechet_distance_of_covariances_that_hardly_vary_in_most_directions():
+    """As those of features: standard deviations over fourteen orders of magnitude. Against the closed form, in a rotated basis,
+    where rounding alone stands for the smallest; and 0 for equal distributions."""
+    rng = np.random.default_rng(0)
+    rotation, std = np.linalg.qr(rng.standard_normal((400, 400)))[0], 10.0 ** np.linspace(0, -14, 400)
+    s1, s2 = ((rotation * (factor * std) ** 2) @ rotation.T for factor in (1.0, 1.5))
+    zero, expected = np.zeros(400), (0.5 * std) @ (0.5 * std)
+    assert frechet_distance(zero, s1, zero, s2) == pytest.approx(expected, abs=1e-6)
+    assert frechet_distance(zero, s1, zero, s1) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [3, 40, 300])
+def test_frechet_distance_is_symmetric_and_0_for_equal_samples(n):
+    """With fewer samples than dimensions too, where a covariance is singular."""
+    rng = np.random.default_rng(n)
+    scale = np.exp(-np.arange(80) / 8)
+    a, b = (mean_and_covariance((rng.standard_normal((size, 80)) * scale).astype(np.float32)) for size in (n, 200))
+    assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-6) and frechet_distance(*a, *b) > 0.01
+    for x in (a, b):
+        assert frechet_distance(*x, *x) == pytest.approx(0, abs=1e-6)
+
+
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
     rng = np.random.default_rng(1)
     v1, v2 = rng.uniform(0, 4, (2, 20))
