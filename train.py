@@ -109,8 +109,8 @@ PRESETS = {
     "gmm": dict(prior="mog", mixture_weights="learned", mixture_covariance="full", num_components=30, flow_length=0,
                 beta_max=1.0, epochs=4),
     "gmm_flow": dict(prior="mog", mixture_weights="learned", mixture_covariance="full", num_components=10, freeze_mixture=True,
-                     flow_length=6, flow_seq_len=16, flow_embed_dim=64, flow_heads=2, flow_layers=1, decode_from="z0",
-                     beta_max=1.0, epochs=24, batch_size=256, lr=2e-3),
+                     flow_length=6, flow_seq_len=16, flow_embed_dim=64, flow_heads=2, flow_layers=1, flow_whiten=True,
+                     decode_from="z0", beta_max=1.0, epochs=24, batch_size=256, lr=2e-3),
 }
 SECOND_STAGES = ("gmm", "gmm_flow")     # of the presets
 
@@ -203,6 +203,9 @@ def build_parser():
     group.add_argument("--flow_heads", type=int, default=4, help="attention heads")
     group.add_argument("--flow_layers", type=int, default=2, help="attention blocks per conditioner")
     group.add_argument("--flow_mlp_ratio", type=int, default=4, help="hidden width of the blocks' MLP over the token width")
+    group.add_argument("--flow_whiten", action=switch, default=False,
+                       help="with --fit_prior and full covariances: a constant linear map before the flow, after which the "
+                            "latents' channels (at each position) are uncorrelated")
     group.add_argument("--flow_prior", choices=FLOW_PRIORS, default="unflowed", help="does the prior follow the flow?")
     group.add_argument("--flow_context", choices=FLOW_CONTEXTS, default="none", help="encoder: amortised flow")
     group.add_argument("--decode_from", choices=DECODE_FROM, default="zK",
@@ -279,7 +282,8 @@ def parse_args(argv=None):
 def drop_the_meaningless(args, given):
     """Set back what a preset or a first stage brought along and another flag leaves without a meaning."""
     for name, meaningless in (("decode_from", args.flow_length == 0), ("mixture_weights", args.prior == "standard"),
-                              ("mixture_covariance", args.prior != "mog")):
+                              ("mixture_covariance", args.prior != "mog"),
+                              ("flow_whiten", args.flow_length == 0 or args.mixture_covariance == "diag")):
         if meaningless and name not in given:
             setattr(args, name, build_parser().get_default(name))
 
@@ -318,6 +322,10 @@ def check_flags(args, given):
          f"{args.mixture_covariance}: only full covariances are fitted by EM"),
         (args.freeze_mixture and args.flow_length == 0, f"--freeze_mixture{of_preset} with --flow_length 0: nothing would be "
          f"trained"),
+        (args.flow_whiten and not args.fit_prior, "--flow_whiten: needs --fit_prior PATH, whose latents it is found from"),
+        (args.flow_whiten and args.mixture_covariance == "diag", f"--flow_whiten with --mixture_covariance "
+         f"{args.mixture_covariance}: diagonal components start at the latents as they are"),
+        (args.flow_whiten and args.flow_length == 0, "--flow_whiten with --flow_length 0: there is no flow"),
         (args.fit_prior and args.prior == "standard" and args.flow_length == 0, "--fit_prior: nothing to fit in a standard "
          "prior without a flow"),
         (args.flow_length == 0 and args.decode_from == "z0", "--decode_from z0 with --flow_length 0: zK is z0 there"),
@@ -424,7 +432,7 @@ SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "latent_layo
                            "posterior_std", "logvar_clamp")
 # What the first stage's mixture and flow can only be taken over with, beside a flow that is not longer than the new one.
 SHAPE_OF_MIXTURE = ("prior", "num_components", "mixture_weights", "mixture_covariance")
-SHAPE_OF_FLOW = ("flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "scale_bound")
+SHAPE_OF_FLOW = ("flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "flow_whiten", "scale_bound")
 EM_STEPS, EM_POINTS = 20, 2 ** 17   # of --mixture_covariance full in a second stage
 
 
@@ -495,8 +503,8 @@ def model_args_of(args):
     """The constructor arguments of CrossFlowVampVAE, as plain values for the checkpoint."""
     names = ("in_channels", "img_size", "latent_dim", "hidden_dims", "blocks_per_stage", "num_components", "prior",
              "flow_length", "flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "flow_prior",
-             "flow_context", "decode_from", "latent_layout", "mixture_weights", "mixture_covariance", "posterior_std",
-             "scale_bound", "logvar_clamp")
+             "flow_whiten", "flow_context", "decode_from", "latent_layout", "mixture_weights", "mixture_covariance",
+             "posterior_std", "scale_bound", "logvar_clamp")
     return {**{n: getattr(args, n) for n in names}, "perm_seed": args.seed}
 
 
@@ -716,8 +724,9 @@ def load_first_stage(model, first):
 
 
 @torch.no_grad()
-def start_mixture(args, model, posteriors):
-    """--fit_prior with --mixture_covariance full: EM on samples of posteriors (N, 2, D, F), as encode_all leaves them."""
+def start_mixture(args, model, posteriors, whiten):
+    """--fit_prior with --mixture_covariance full: EM on samples of posteriors (N, 2, D, F), as encode_all leaves them; before
+    it, if asked for, the flow's whitening from the same samples."""
     generator = seeded("cpu", args.seed, "mixture")
     views = posteriors.images.shape[-1]
     chosen = torch.randperm(len(posteriors) * views, generator=generator)[:EM_POINTS]
@@ -725,17 +734,18 @@ def start_mixture(args, model, posteriors):
         raise UserError(f"--num_components {model.num_components}: only {len(chosen)} latents to fit them to")
     device, points = next(model.parameters()).device, []
     for some in chosen.split(LATENT_BLOCK):
-        mu, logvar = posteriors.images[some // views, ..., some % views].unbind(1)
-        eps = torch.randn(mu.shape, generator=generator)
-        out = model.carry(mu.to(device), logvar.to(device), eps.to(device))
-        points.append(model.mixture_latent(out))
+        mu, logvar = posteriors.images[some // views, ..., some % views].to(device).unbind(1)
+        points.append(mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=generator).to(device))
+    if whiten:
+        model.flow.set_whitening_(torch.cat(points))
+    points = [model.apply_flow(z0)[0] for z0 in points]   # the flow is the prior's own: the mixture lives at zK
     print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
     model.fit_mixture_(torch.cat(points), EM_STEPS, generator,
                        functools.partial(tqdm, desc="EM", unit="step", leave=False, disable=None if is_main() else True))
     if process_count() > 1:     # whose posteriors, and so their clusters, may differ by rounding
-        for name, p in model.named_parameters():
-            if name.startswith("prior_"):
-                torch.distributed.broadcast(p, 0)
+        for name, value in model.state_dict().items():
+            if name.startswith("prior_") or name in ("flow.log_scale", "flow.tril"):
+                torch.distributed.broadcast(value, 0)
     low, high = model.logvar_clamp
     outside = ((model.prior_logvar < low) | (model.prior_logvar > high)).sum().item()
     if outside:
@@ -1550,7 +1560,8 @@ def print_plan(args, trainer, data, held_out, amp):
     if args.lpips_net != "none":
         lpips = f"{args.lpips_weight:g} LPIPS-{args.lpips_net} ({weights_title(LPIPS_FILES[args.lpips_net], trainer.lpips_id)})"
     reconstruction = "" if args.fit_prior else f"{args.recon_loss} + {lpips} + "
-    flow = f"of {args.flow_length} layers of {args.flow_seq_len} tokens, prior {args.flow_prior}, context {args.flow_context}"
+    flow = (f"{'on whitened channels, ' * args.flow_whiten}of {args.flow_length} layers of {args.flow_seq_len} tokens, "
+            f"prior {args.flow_prior}, context {args.flow_context}")
     positions = (args.img_size // 2 ** len(args.hidden_dims)) ** 2 if args.latent_layout == "spatial" else 0
     print(f"""\
 run         {trainer.folder} (seed {args.seed})
@@ -1693,7 +1704,7 @@ def train(stack):
     posteriors = None                                     # what a second stage trains on
     if first_stage and args.mixture_covariance == "full" and "prior_tril" not in first_stage.prior:
         posteriors = encode_all(args, model, data, device)
-        start_mixture(args, model, posteriors)
+        start_mixture(args, model, posteriors, args.flow_whiten and not first_stage.prior)
     elif not (first_stage and first_stage.prior):
         start_prior(args, model, data)
     trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint)

@@ -350,7 +350,9 @@ class BiCrossAttnFlow(nn.Module):
     With positions S > 1, z is a map of S positions with D / S channels each, and stays one: the permutations are of the
     channels, so that a half is half of the channels at every position, position after position. With T = S a token is a
     position, with fewer tokens neighbours, with more a part of one. The inverse is exact and costs the same as the forward
-    pass. Raises ValueError on sizes that do not fit.
+    pass. With `whiten` a constant linear map W, |det W| = 1, comes before the layers, of the channels at each position (the
+    identity until set_whitening_): the halves of correlated channels tell a layer little but of their correlations. Raises
+    ValueError on sizes that do not fit.
     """
 
     def __init__(self,
@@ -364,7 +366,8 @@ class BiCrossAttnFlow(nn.Module):
                  mlp_ratio=4,           # hidden width of the blocks' MLP over E
                  scale_bound=2.0,       # c: |s| < c
                  perm_seed=0,           # the permutations' own generator
-                 positions=1):          # S of a spatial latent; D is divisible by 2S then
+                 positions=1,           # S of a spatial latent; D is divisible by 2S then
+                 whiten=False):
         super().__init__()
         if length < 1 or layers < 1 or mlp_ratio < 1:
             raise ValueError(f"flow length, layers and mlp_ratio must be at least 1, not {length}, {layers}, {mlp_ratio}")
@@ -377,6 +380,11 @@ class BiCrossAttnFlow(nn.Module):
         if not scale_bound > 0:
             raise ValueError(f"scale_bound must be positive, not {scale_bound}")
         self.dim, self.scale_bound, self.context_dim, self.positions = dim, scale_bound, context_dim, positions
+        self.whiten = whiten
+        if whiten:                                        # W = diag(exp(log_scale)) (I + tril), (D/S, D/S)
+            channels = dim // positions
+            self.register_buffer("log_scale", torch.zeros(channels))                            # sums to 0
+            self.register_buffer("tril", torch.zeros(channels, channels))                       # strictly lower triangular
         generator = torch.Generator().manual_seed(perm_seed)
         # Where the values of each position lie, (S, D/S): in a map first, then in the halves (2, S, D/2S) that a layer leaves.
         # (The device is named since utils builds models on the meta device, to learn their sizes.)
@@ -402,10 +410,12 @@ class BiCrossAttnFlow(nn.Module):
         for coupling in reversed(self.couplings):
             z, s = coupling.inverse(z, context)
             log_det = log_det - s.sum(1)
-        return z, log_det
+        return self.unwhitened(z) if self.whiten else z, log_det
 
     def transform(self, z0, context=None):
         """As forward, with every layer's log-scales: zK (B, D), s (length, B, D)."""
+        if self.whiten:
+            z0 = self.whitened(z0)
         if self.fold_norms is not None and self.training:
             z, scales = fused_transform(self, z0)
             return self.join_halves(z), scales
@@ -414,6 +424,35 @@ class BiCrossAttnFlow(nn.Module):
             z, s = coupling(z, context)
             scales.append(s)
         return self.join_halves(z), torch.stack(scales)
+
+    @torch.no_grad()
+    def set_whitening_(self, z0):
+        """Let the map before the couplings be the one after which the channels of points (N, D), seen from the mean of their
+        position, are uncorrelated and vary alike: their Cholesky factor's inverse, but for a number that makes log|det| 0."""
+        z = z0.unflatten(1, (self.positions, -1))
+        z = (z - z.mean(0)).flatten(0, 1).cpu().double()                                        # (N S, D/S)
+        covariance = z.T @ z / len(z)
+        covariance += 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance))
+        inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), torch.eye(len(covariance)).double(),
+                                                upper=False)
+        scale = inverse.diagonal()
+        # (In steps that floating-point numbers of any size hold: the sum of all is 0, not nearly.)
+        log_scale = ((scale.log() - scale.log().mean()) * 1024).round()
+        log_scale[0] -= log_scale.sum()
+        self.log_scale.copy_(log_scale / 1024)
+        self.tril.copy_(inverse / scale[:, None] - torch.eye(len(covariance)))
+
+    def whitened(self, z):
+        """(B, D) -> W z of each position, (B, D)."""
+        with no_autocast(z.device.type):
+            z = full_precision(z).unflatten(1, (self.positions, -1))                            # (B, S, D/S)
+            return ((z + z @ self.tril.T.to(z)) * torch.exp(self.log_scale.to(z))).flatten(1)
+
+    def unwhitened(self, z):
+        """Its inverse: (B, D) -> (B, D)."""
+        z = (z.unflatten(1, (self.positions, -1)) * torch.exp(-self.log_scale.to(z))).flatten(0, 1)     # (B S, D/S)
+        z = torch.linalg.solve_triangular(self.tril.to(z), z.T, upper=False, unitriangular=True).T
+        return z.unflatten(0, (-1, self.positions)).flatten(1)
 
     def join_halves(self, z):
         """The two halves that the last layer leaves (B, D) as a map, position after position: (B, D)."""
@@ -605,6 +644,7 @@ class CrossFlowVampVAE(nn.Module):
                  flow_heads=4,
                  flow_layers=2,                     # attention blocks per conditioner
                  flow_mlp_ratio=4,
+                 flow_whiten=False,                 # a linear map before the couplings, found by a second stage
                  flow_prior="unflowed",             # unflowed | pushed
                  flow_context="none",               # none | encoder
                  decode_from="zK",                  # zK | z0
@@ -662,7 +702,8 @@ class CrossFlowVampVAE(nn.Module):
         ends = 9 * latent_dim // side ** 2 if spatial else 2 * latent_dim * side ** 2           # of the encoder, the decoder
         largest = max(ends * hidden_dims[-1], 9 * max(hidden_dims) ** 2,
                       flow_mlp_ratio * flow_embed_dim ** 2, num_components * in_channels * img_size ** 2 * (prior == "vamp"),
-                      num_components * latent_dim ** 2 * (mixture_covariance == "full"))
+                      num_components * latent_dim ** 2 * (mixture_covariance == "full"),
+                      (latent_dim // (side ** 2 if spatial else 1)) ** 2 * (flow_whiten and flow_length > 0))
         if largest > LARGEST_TENSOR:
             raise ValueError(f"a single tensor of this model would hold {largest:,} numbers, more than {LARGEST_TENSOR:,}")
 
@@ -676,7 +717,8 @@ class CrossFlowVampVAE(nn.Module):
         if flow_length:
             context_dim = hidden_dims[-1] if flow_context == "encoder" else None
             self.flow = BiCrossAttnFlow(latent_dim, flow_length, flow_seq_len, flow_embed_dim, flow_heads, flow_layers,
-                                        context_dim, flow_mlp_ratio, scale_bound, perm_seed, side ** 2 if spatial else 1)
+                                        context_dim, flow_mlp_ratio, scale_bound, perm_seed, side ** 2 if spatial else 1,
+                                        flow_whiten)
             if context_dim:
                 self.context_position = nn.Parameter(0.5 * torch.randn(side * side, context_dim))
         self.decoder = Decoder(in_channels, img_size, latent_dim, hidden_dims, blocks_per_stage, spatial)

@@ -24,6 +24,17 @@ def make(length=3, seq_len=2, heads=2, layers=1, context_dim=None, positions=1, 
     return perturb_(flow, perturb, torch.Generator().manual_seed(1))
 
 
+def whitened(positions, channels, seed=0):
+    """A flow and points (N, D) with correlated channels and another mean at each position, from which it has its whitening."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+    z = torch.randn(2000, positions, channels, generator=generator, dtype=torch.float64) @ mixing
+    z = (z + 5 * torch.randn(positions, channels, generator=generator, dtype=torch.float64)).flatten(1)
+    flow = make(positions=positions, dim=positions * channels, whiten=True)
+    flow.set_whitening_(z)
+    return flow, z
+
+
 def inputs(flow, n=6):
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(n, flow.dim, generator=generator, dtype=torch.float64)
@@ -92,6 +103,50 @@ def test_flow_starts_at_the_identity():
     z, _ = inputs(flow)
     zK, log_det = flow(z)
     assert torch.equal(zK, z[:, flow.couplings[0].perm]) and not log_det.any()
+
+
+@pytest.mark.parametrize("positions, channels", [(1, 8), (4, 6), (8, 2)])
+def test_whitening_decorrelates_the_channels_of_each_position(positions, channels):
+    flow, z = whitened(positions, channels)
+    with torch.no_grad():
+        w = flow.whitened(z)
+        assert (flow.unwhitened(w) - z).abs().max() < 1e-9
+        by_position = w.unflatten(1, (positions, channels))
+        covariance = torch.cov((by_position - by_position.mean(0)).flatten(0, 1).T, correction=0)
+        variance = covariance.diagonal().mean()
+        assert (covariance / variance - torch.eye(channels)).abs().max() < 2e-3      # the scales are rounded
+        changed = z.clone()
+        changed[:, :channels] += 1
+        assert torch.equal(flow.whitened(changed)[:, channels:], w[:, channels:])
+    assert flow.log_scale.sum() == 0 and flow.log_scale.std() > 0.01
+    assert torch.equal(flow.tril, flow.tril.tril(-1)) and flow.tril.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("positions, channels", [(1, 8), (4, 6)])
+def test_whitened_flow_is_invertible_with_the_jacobian_it_says(positions, channels):
+    flow, z = whitened(positions, channels)
+    plain = copy.deepcopy(flow)
+    plain.whiten = False
+    with torch.no_grad():
+        zK, log_det = flow(z[:5])
+        back, inverse_log_det = flow.inverse(zK)
+        assert torch.allclose(zK, plain(flow.whitened(z[:5]))[0], rtol=0, atol=1e-12)
+    assert ((back - z[:5]).abs() / (1 + z[:5].abs())).max() < 1e-9 and torch.allclose(log_det, -inverse_log_det, atol=1e-9)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], z[0])
+    assert abs(log_det[0] - torch.linalg.slogdet(jacobian).logabsdet) < 1e-8 and abs(log_det[0]) > 0.01
+    result = check_flow(flow)
+    assert result["inverse_error"] < 1e-9 and result["log_det_error"] < 1e-8
+
+
+def test_whitening_of_channels_that_do_not_vary_is_finite():
+    flow = make(whiten=True, positions=2)
+    flow.set_whitening_(torch.ones(10, 16).double())
+    assert torch.isfinite(flow.whitened(torch.randn(3, 16).double())).all()
+    z = torch.randn(100, 16).double()
+    z[:, 3] = z[:, 2]                                                        # one that is another
+    flow.set_whitening_(z)
+    with torch.no_grad():
+        assert (flow.inverse(flow(z)[0])[0] - z).abs().max() < 1e-9
 
 
 def test_tokens_of_a_spatial_latent_are_positions():

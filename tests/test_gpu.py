@@ -301,7 +301,8 @@ def test_rounded_weights_are_those_of_autocast(flags):
 # (batch, arguments of the flow): batches that fill the last program of a kernel, and that do not.
 KERNEL_CASES = [(4, (16, 2, 2, 32, 2, 1, None, 4, 1.5)), (5, (24, 2, 2, 32, 1, 2, None, 1, 1.5)),
                 (3, (32, 2, 8, 64, 2, 2, None, 2, 1.5)), (2, (96, 1, 4, 32, 1, 1, None, 4, 0.5)),
-                (1, (32, 1, 16, 16, 1, 2, None, 2, 1.5)), (3, (32, 3, 4, 32, 1, 1, None, 2, 1.5, 0, 4))]
+                (1, (32, 1, 16, 16, 1, 2, None, 2, 1.5)), (3, (32, 3, 4, 32, 1, 1, None, 2, 1.5, 0, 4)),
+                (3, (32, 1, 4, 32, 1, 1, None, 2, 1.5, 0, 4, True))]
 
 
 def flow_results(flow, batch, fold_norms):
@@ -319,6 +320,9 @@ def kernel_results(path):
     """What test_kernels_compute_what_the_layers_do runs in a process of its own."""
     torch.manual_seed(0)
     flows = [(BiCrossAttnFlow(*sizes), batch) for batch, sizes in KERNEL_CASES]
+    for flow, _ in flows:
+        if flow.whiten:
+            flow.set_whitening_(torch.randn(50, flow.dim) @ torch.randn(flow.dim, flow.dim))
     torch.save([(flow_results(flow, batch, None), flow_results(flow, batch, vamp_flow.FoldNorms(torch.float32)))
                 for flow, batch in flows], path)
 

@@ -21,7 +21,7 @@ from conftest import write_images
 from PIL import Image
 
 import train
-from models.vamp_flow import CrossFlowVampVAE, perturb_
+from models.vamp_flow import BiCrossAttnFlow, CrossFlowVampVAE, perturb_
 from utils import (
     MemoryImages,
     UserError,
@@ -944,8 +944,7 @@ def test_second_stage_with_full_covariances_starts_by_em(data, monkeypatch, tmp_
     first = tmp_path / "results/first/last.pth"
     second = ["--mixture_covariance", "full", "--num_components", 2, "--epochs", 2, "--lr", 1e-5]
     main(monkeypatch, tmp_path, *flags, "--fit_prior", first, *second, "--exp_name", "second")
-    said, shown = capsys.readouterr()
-    assert "EM: " in shown
+    said = capsys.readouterr().out
     assert "the flow goes on from the first stage's, 2 of 2 flow layers, the mixture starts anew: --num_components 2 " in said
     assert "EM          20 steps for 2 components of full covariance, on 80 latents" in said
     before, after = history(tmp_path / "results/first")[-1], history(tmp_path / "results/second")[0]
@@ -1035,6 +1034,40 @@ def test_a_frozen_mixture_stays_as_em_leaves_it_while_the_flow_is_trained(data, 
     for name, value, message in (("fit_prior", None, "needs --fit_prior PATH"), ("flow_length", 0, "nothing would be trained"),
                                  ("mixture_covariance", "diag", "only full covariances are fitted by EM")):
         with pytest.raises(UserError, match=f"--freeze_mixture.*{message}"):
+            train.check_flags(argparse.Namespace(**{**vars(args), name: value}), given)
+
+
+def test_flow_of_a_second_stage_is_whitened_once_and_before_em(data, monkeypatch, tmp_path, capsys):
+    """By the latents of all images; a stage that goes on from it keeps the map, with more layers too."""
+    flags = [*data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1]
+    main(monkeypatch, tmp_path, *flags, "--prior", "standard", "--flow_length", 0, "--exp_name", "first")
+    white, em, found = BiCrossAttnFlow.set_whitening_, train.CrossFlowVampVAE.fit_mixture_, []
+    monkeypatch.setattr(BiCrossAttnFlow, "set_whitening_", lambda flow, z0: found.append(z0) or white(flow, z0))
+    monkeypatch.setattr(train.CrossFlowVampVAE, "fit_mixture_",
+                        lambda model, zK, *rest: found.append((model.flow, zK)) or em(model, zK, *rest))
+    second = ["--prior", "mog", "--mixture_covariance", "full", "--num_components", 2, "--flow_whiten"]
+    main(monkeypatch, tmp_path, *flags, *second, "--fit_prior", tmp_path / "results/first/last.pth", "--exp_name", "second")
+    z0, (flow, zK) = found
+    assert "flow on whitened channels, of 2 layers" in capsys.readouterr().out
+    zK, white_z0, z0 = (z.sort(1).values for z in (zK, flow.whitened(z0), z0))             # layers at rest permute
+    assert torch.allclose(zK, white_z0, atol=1e-5) and not torch.allclose(zK, z0, atol=0.1)
+    maps = weights(tmp_path / "results/second/last.pth")["ema"]
+    maps = {k: maps[k] for k in ("flow.log_scale", "flow.tril")}
+    assert maps["flow.tril"].abs().max() > 0
+    for name, more in (("third", []), ("longer", ["--flow_length", 3]), ("again", ["--freeze_mixture"])):
+        main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--exp_name", name,
+             *more, "--fit_prior", tmp_path / "results/second/last.pth")
+        state = weights(tmp_path / f"results/{name}/last.pth")["ema"]
+        assert all(torch.equal(state[k], v) for k, v in maps.items()), name
+    assert [isinstance(f, tuple) for f in found] == [False, True, True, True, True]          # EM for each, 5 components each
+    main(monkeypatch, tmp_path, "--preset", "gmm", "--fit_prior", tmp_path / "results/second/last.pth", "--exp_name", "gmm",
+         "--num_components", 2, "--epochs", 1, "--no-tensorboard", "--device", "cpu")
+    assert weights(tmp_path / "results/gmm/last.pth")["args"]["flow_whiten"] is False
+    args, given = train.parse_args([*map(str, [*flags, *second]), "--fit_prior", "x.pth"])
+    train.check_flags(args, given)
+    for name, value, message in (("fit_prior", None, "needs --fit_prior PATH"), ("flow_length", 0, "there is no flow"),
+                                 ("mixture_covariance", "diag", "diagonal components start at the latents")):
+        with pytest.raises(UserError, match=f"--flow_whiten.*{message}"):
             train.check_flags(argparse.Namespace(**{**vars(args), name: value}), given)
 
 

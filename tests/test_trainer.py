@@ -363,7 +363,7 @@ def test_em_sees_posterior_samples_of_images_and_their_mirror_images_where_the_m
     stock, calls = torch.randn(30, 2, 4, 2), []
     stock[:, 1] = -30                                         # no noise to speak of
     monkeypatch.setattr(model, "fit_mixture_", lambda points, steps, *_: calls.append((points, steps)))
-    train.start_mixture(argparse.Namespace(seed=0), model, MemoryImages(stock))
+    train.start_mixture(argparse.Namespace(seed=0), model, MemoryImages(stock), False)
     (points, steps), = calls
     with torch.no_grad():
         wanted = model.flow(stock[:, 0].transpose(1, 2).flatten(0, 1))[0]
@@ -371,5 +371,5 @@ def test_em_sees_posterior_samples_of_images_and_their_mirror_images_where_the_m
     distance = (points[:, None] - wanted).abs().amax(2)
     assert distance.amin(0).max() < 1e-4 and distance.amin(1).max() < 1e-4
     stock[:, 1] = 2 * torch.tensor(0.5).log()
-    train.start_mixture(argparse.Namespace(seed=0), model, MemoryImages(stock))
+    train.start_mixture(argparse.Namespace(seed=0), model, MemoryImages(stock), False)
     assert (calls[1][0][:, None] - wanted).abs().amax(2).min() > 1e-3
