@@ -281,9 +281,9 @@ def parse_args(argv=None):
 
 def drop_the_meaningless(args, given):
     """Set back what a preset or a first stage brought along and another flag leaves without a meaning."""
+    full = args.prior == "mog" and args.mixture_covariance == "full"
     for name, meaningless in (("decode_from", args.flow_length == 0), ("mixture_weights", args.prior == "standard"),
-                              ("mixture_covariance", args.prior != "mog"),
-                              ("flow_whiten", args.flow_length == 0 or args.mixture_covariance == "diag")):
+                              ("mixture_covariance", args.prior != "mog"), ("flow_whiten", args.flow_length == 0 or not full)):
         if meaningless and name not in given:
             setattr(args, name, build_parser().get_default(name))
 
@@ -1734,7 +1734,7 @@ def train(stack):
     if process_count() > 1:
         parallel = torch.nn.parallel.DistributedDataParallel
         new = "forward_sync_buffers" in inspect.signature(parallel).parameters
-        trainer.network = parallel(                       # the only buffers are the flow's permutations, which are constant
+        trainer.network = parallel(                       # the flow's permutations and whitening, its buffers, are constant
             trainer.network, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
             **{"forward_sync_buffers" if new else "broadcast_buffers": False})
     if is_main():

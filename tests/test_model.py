@@ -605,6 +605,7 @@ def test_default_model_has_about_20_million_parameters():
     (dict(latent_layout="map"), "latent_layout"), (dict(SPATIAL, latent_dim=6, flow_length=0), "latent_dim 6 .* 4 positions"),
     (dict(SPATIAL, latent_dim=12, flow_seq_len=1), "latent_dim 12 .* 2 \\* 4"),
     (dict(SPATIAL, img_size=2, hidden_dims=(15000,), latent_dim=2 ** 16, flow_length=0, blocks_per_stage=0), "single tensor"),
+    (dict(latent_dim=2 ** 16, flow_length=1, flow_whiten=True), "single tensor"),
 ])
 def test_constructor_refuses_by_name(kwargs, name):
     with pytest.raises(ValueError, match=name):

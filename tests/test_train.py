@@ -1063,6 +1063,8 @@ def test_flow_of_a_second_stage_is_whitened_once_and_before_em(data, monkeypatch
     main(monkeypatch, tmp_path, "--preset", "gmm", "--fit_prior", tmp_path / "results/second/last.pth", "--exp_name", "gmm",
          "--num_components", 2, "--epochs", 1, "--no-tensorboard", "--device", "cpu")
     assert weights(tmp_path / "results/gmm/last.pth")["args"]["flow_whiten"] is False
+    args = train.parse_args(["--preset", "gmm_flow", "--fit_prior", "x.pth", "--prior", "vamp", "--no-freeze_mixture"])[0]
+    assert (args.flow_whiten, args.mixture_covariance) == (False, "diag")
     args, given = train.parse_args([*map(str, [*flags, *second]), "--fit_prior", "x.pth"])
     train.check_flags(args, given)
     for name, value, message in (("fit_prior", None, "needs --fit_prior PATH"), ("flow_length", 0, "there is no flow"),

@@ -52,7 +52,8 @@ def step(flags, device, plain=False, **changed):
         run = Plain(flags, flags, images, lpips, device)
     else:                                                       # compiling each point would take longer than measuring it
         native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-        run = Fast(flags, flags, images, lpips, device, amp=native, channels_last=cuda, compiled=False, graph=cuda)
+        run = Fast(flags, flags, images, lpips, device, amp=native, channels_last=cuda, compiled=False, graph=cuda,
+                   fused_flow=cuda, fused_lpips=cuda)
     steps = 20 if cuda else 1
     run.run(2)
     return lambda: run.run(steps), steps * flags.batch_size
