@@ -850,7 +850,6 @@ def show(tag, metrics, protocol):
 
 def main():
     args = parse_args()
-    progress = sys.stderr.isatty()                            # bars are for eyes, not for log files
     device = pick_device(args.device)
     if args.out is not None:
         out = Path(args.out)
@@ -866,7 +865,7 @@ def main():
     check_neighbours(args.k, args.nearest_k, *(min(len(paths), args.num_images or len(paths)) for paths in listed))
     extractor = (VGG16Features(device) if args.features == "vgg16" else
                  InceptionFeatures(device, args.fid_dims or 2048, without="use --features vgg16"))
-    real, fake = [survey_folder(folder, flag, args.num_images, args.seed, args.skip_corrupt, progress, paths)
+    real, fake = [survey_folder(folder, flag, args.num_images, args.seed, args.skip_corrupt, True, paths)
                   for (folder, flag), paths in zip(folders, listed)]
     check_neighbours(args.k, args.nearest_k, len(real.paths), len(fake.paths))          # again, without the corrupt
     check_pca(args.pca_dim, len(real.paths), extractor.dims)
@@ -884,7 +883,7 @@ def main():
               f"{fake.size[0]}: what they differ in is then their size first", file=sys.stderr)
 
     start = time.perf_counter()
-    metrics, protocol = evaluate(args, device, extractor, real, fake, progress)
+    metrics, protocol = evaluate(args, device, extractor, real, fake, progress=True)
     tag = args.tag or Path(args.fake_dir).resolve().name
     show(tag, metrics, protocol)
     print(f"  time      {time.perf_counter() - start:.1f} s on {device}")

@@ -774,7 +774,7 @@ def evaluate(args, model, data, extractor, features):
         mu, components, kept = fit_pca(real, args.pca_dim)
         real, fake = (project_equally(x, mu, components) for x in (real, fake))
         pca = f"{args.pca_dim} dimensions fitted on the real features, no whitening, {kept:.2%} of the variance kept"
-    metrics |= manifold_metrics(real, fake, args.k, args.nearest_k, device, progress=sys.stderr.isatty())
+    metrics |= manifold_metrics(real, fake, args.k, args.nearest_k, device, progress=True)
     size = f"{model.img_size}x{model.img_size}"
     protocol = {
         "real": {"images": n, "split": args.real_split, "choice": "all" if n == len(data) else f"{n} evenly spaced",

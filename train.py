@@ -629,13 +629,18 @@ def check_fused_lpips(lpips, fused, shape, seed=0):
                          for found, wanted in zip(results(network, True), exact)) for network in (fused, lpips))
 
 
+def require_near(error, allowed):
+    """Raise RuntimeError if what is to replace a part of the network is less exact than autocast is (NaN: too)."""
+    if not error <= 2 * allowed + 0.01:
+        raise RuntimeError(f"relative error {error:.3f}, of autocast {allowed:.3f}")
+
+
 def fuse_lpips(trainer, blank):
     """Let a with_fused_layers train instead of LPIPS, if it computes here what that does; a note says if not."""
     try:
         fused = with_fused_layers(trainer.lpips)
         error, allowed = check_fused_lpips(trainer.lpips, fused, (min(len(blank), 32), *blank.shape[1:]))
-        if not error <= 2 * allowed + 0.01:
-            raise RuntimeError(f"relative error {error:.3f}, of autocast {allowed:.3f}")
+        require_near(error, allowed)
         trainer.lpips, trainer.criterion = fused, functools.partial(loss_parts, trainer.args, trainer.model, fused)
     except Exception as e:                                # as for the flow's kernels
         print(f"note: the fused layers of LPIPS do not work here ({one_line(e)}); going on without them")
@@ -741,7 +746,7 @@ def start_mixture(args, model, posteriors, whiten):
     points = [model.apply_flow(z0)[0] for z0 in points]   # the flow is the prior's own: the mixture lives at zK
     print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
     model.fit_mixture_(torch.cat(points), EM_STEPS, generator,
-                       functools.partial(tqdm, desc="EM", unit="step", leave=False, disable=None if is_main() else True))
+                       lambda steps: progress_bar(len(steps), "EM", "step", iterable=steps))
     if process_count() > 1:     # whose posteriors, and so their clusters, may differ by rounding
         for name, value in model.state_dict().items():
             if name.startswith("prior_") or name in ("flow.log_scale", "flow.tril"):
@@ -1011,8 +1016,7 @@ def fuse_flow(flow, batch_size):
     """Let Triton's kernels train the flow, if they compute here what its layers do; a note says if not."""
     try:
         error, allowed = check_fused(flow, batch_size)
-        if not error <= 2 * allowed + 0.01:
-            raise RuntimeError(f"relative error {error:.3f}, of autocast {allowed:.3f}")
+        require_near(error, allowed)
         flow.fold_norms = FoldNorms(torch.bfloat16)
     except Exception as e:                                # as for the compiler, below
         print(f"note: the flow's kernels do not work here ({one_line(e)}); going on without them")

@@ -1410,7 +1410,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sigma1 = np.asarray(sigma1, np.float64)
     try:
         root = np.linalg.cholesky(sigma1)
-    except np.linalg.LinAlgError:                         # singular; thirty times slower
+    except np.linalg.LinAlgError:                         # singular
         values, vectors = np.linalg.eigh(sigma1)
         root = vectors * np.sqrt(values.clip(0))
     cross = np.linalg.eigvalsh(root.T @ np.asarray(sigma2, np.float64) @ root)

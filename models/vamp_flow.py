@@ -111,6 +111,20 @@ def log_mixture(z, mu_k, logvar_k, log_w=None, tril_k=None):
     return torch.logsumexp(component_log_probs(z, mu_k, logvar_k, tril_k) + log_w, dim=1)
 
 
+def inverse_factor(covariance):
+    """U lower triangular, U covariance U^T = I; small, so on the CPU in float64: (D, D) -> (D, D)."""
+    lower = torch.linalg.cholesky(covariance.cpu().double())
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False)
+
+
+def whitening(x):
+    """The inverse_factor of the covariance of points (N, D) whose mean is 0, with a part of the unit matrix for directions that
+    hardly vary, or not at all."""
+    x = x.cpu().double()
+    covariance = x.T @ x / len(x)
+    return inverse_factor(covariance + 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance)))
+
+
 @torch.no_grad()
 def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=None, progress=iter):
     """EM for a mixture of Gaussians of full covariance: z (N, D) -> mu (K, D), logvar (K, D), tril (K, D, D), log_w (K,), as
@@ -126,12 +140,6 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     if N < K or steps < 1:
         raise ValueError(f"{K} components cannot be fitted to {N} points in {steps} steps")
     prior_count = D if prior_count is None else prior_count
-
-    def factor(covariance):
-        """U lower triangular, U covariance U^T = I; small, so on the CPU in float64, and back: (D, D)."""
-        lower = torch.linalg.cholesky(covariance.cpu().double())
-        return torch.linalg.solve_triangular(lower, torch.eye(D, dtype=torch.float64), upper=False)
-
     centre = z.mean(0)
     x = z - centre
     directions = F.normalize(x)
@@ -139,10 +147,7 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
     for _ in range(11):
         share = F.one_hot(torch.cdist(directions, means).argmin(1), K).to(x)                    # (N, K) responsibilities
         means = share.T @ directions / share.sum(0).clamp(min=1)[:, None]
-    # (In float64, and a part of the unit matrix with it, for directions that hardly vary, or not at all.)
-    total = x.cpu().double()
-    total = total.T @ total / N
-    whiten = factor(total + 1e-6 * total.diagonal().mean().clamp(min=1e-6) * torch.eye(D))
+    whiten = whitening(x)
     x = x @ whiten.T.to(x)
     for _ in progress(range(steps)):
         count = share.sum(0)
@@ -154,7 +159,7 @@ def fit_mixture(z, K, steps, learn_weights=True, prior_count=None, generator=Non
             seen = share[:, k] > 1e-9                     # in many dimensions few points are of more than one component
             near, weight = difference[seen], share[seen, k:k + 1]
             scatter = (near * weight).T @ near
-            factors.append(factor((scatter + prior_count * torch.eye(D).to(x)) / (count[k] + prior_count)))
+            factors.append(inverse_factor((scatter + prior_count * torch.eye(D).to(x)) / (count[k] + prior_count)))
             distance = (difference @ factors[k].T.to(x)).square().sum(1)
             log_joint[:, k] = log_w[k] + factors[k].diagonal().log().sum().to(x) - 0.5 * distance
         share = torch.softmax(log_joint, 1)
@@ -430,17 +435,13 @@ class BiCrossAttnFlow(nn.Module):
         """Let the map before the couplings be the one after which the channels of points (N, D), seen from the mean of their
         position, are uncorrelated and vary alike: their Cholesky factor's inverse, but for a number that makes log|det| 0."""
         z = z0.unflatten(1, (self.positions, -1))
-        z = (z - z.mean(0)).flatten(0, 1).cpu().double()                                        # (N S, D/S)
-        covariance = z.T @ z / len(z)
-        covariance += 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance))
-        inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), torch.eye(len(covariance)).double(),
-                                                upper=False)
-        scale = inverse.diagonal()
+        matrix = whitening((z - z.mean(0)).flatten(0, 1))                                       # (D/S, D/S)
+        scale = matrix.diagonal()
         # (In steps that floating-point numbers of any size hold: the sum of all is 0, not nearly.)
         log_scale = ((scale.log() - scale.log().mean()) * 1024).round()
         log_scale[0] -= log_scale.sum()
         self.log_scale.copy_(log_scale / 1024)
-        self.tril.copy_(inverse / scale[:, None] - torch.eye(len(covariance)))
+        self.tril.copy_((matrix / scale[:, None]).tril(-1))
 
     def whitened(self, z):
         """(B, D) -> W z of each position, (B, D)."""
