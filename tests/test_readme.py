@@ -1,4 +1,5 @@
-"""The Python that README.md shows runs as it stands there, and its comments are true."""
+"""The Python that README.md shows runs as it stands there, and its comments are true; what it and the pages beside it link to,
+and the flags that they name, exist."""
 import re
 
 import pytest
@@ -44,3 +45,27 @@ def test_flow_and_metrics_by_themselves(capsys):
     worst, metrics = (eval(line, {"nan": float("nan")}) for line in (worst, metrics))
     assert worst["inverse_error"] < 1e-9 and worst["log_det_error"] < 1e-8 and worst["scale_std"] > 0
     assert {"precision", "recall", "density", "coverage"} <= set(metrics) and float(distance) > 0
+
+
+PAGES = [ROOT / "README.md", ROOT / "tests/benchmarks/RESULTS.md", ROOT / "tests/benchmarks/SPEED.md"]
+
+
+def anchors(page):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_pictures_and_flags_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    assert links
+    for path, _, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), (path, anchor)
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("tests/benchmarks/*.py")]
+    known = {flag for source in sources for flag in re.findall(r'"(--[a-z]\w*)"', source.read_text(encoding="utf-8"))}
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", text)) - {"--help", "--nproc_per_node"}
+    assert len(named) > 5 and {flag.replace("--no-", "--") for flag in named} <= known
