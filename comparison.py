@@ -5,9 +5,10 @@
     python comparison.py --cache_dir ./results/single_image_quality --scale linear --bootstrap 2000 --pdf
 
 Reads every cache_<variant>.csv in cache_dir (from csv_analysis.py, or older ones with only lap_var, tenengrad and
-hf_ratio) and every evaluation JSON beside them (from test.py --evaluate and PR_Calculate.py --out). Writes to out_dir
+hf_ratio) and every evaluation JSON there (from test.py --evaluate and PR_Calculate.py --out); one of the two kinds will do.
+Writes to out_dir
     report.html                     everything below in one file that needs nothing else
-    summary.csv, summary.md         statistics, and effect sizes against the variant called real
+    summary.csv, summary.md         statistics, and effect sizes against the variant called real (.csv: if there are caches)
     evaluation.csv                  FID, KID, precision, recall, density, coverage, if there are evaluation JSONs
     box_, violin_, difference_<metric>.png
 Files of these names that an earlier comparison left there and this one does not make are removed.
@@ -89,7 +90,7 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "----", "++++", "||||", "oo", "**")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vP*X<>"
-OUTPUT = re.compile(rf"(box|violin|difference)_({'|'.join(METRICS)})\.(png|pdf)|evaluation\.csv")
+OUTPUT = re.compile(rf"(box|violin|difference)_({'|'.join(METRICS)})\.(png|pdf)|(evaluation|summary)\.csv")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,12 +812,12 @@ def parse_args(argv=None):
 
 
 def load_variants(folder, model_order):
-    """(tables in order, protocols, warnings). Raises UserError for a folder without usable caches."""
+    """(tables in order, protocols, warnings), empty without caches. Raises UserError for one that cannot be used."""
     if not folder.is_dir():
         raise UserError(f"--cache_dir {folder}: no such folder")
     paths = {p.stem[len("cache_"):]: p for p in sorted(folder.glob("cache_*.csv"))}
     if not paths:
-        raise UserError(f"--cache_dir {folder}: no cache_*.csv there; make them with csv_analysis.py")
+        return {}, {}, ["There is no cache_*.csv: the images' sharpness is not compared. Make them with csv_analysis.py."]
     names, unknown = order_names(paths, model_order)
     warnings = [f"--model_order names {u}, which has no cache; there are: {', '.join(sorted(paths))}" for u in unknown]
     tables, protocols = {}, {}
@@ -897,6 +898,9 @@ def main(argv=None):
     folder = Path(args.cache_dir)
     tables, protocols, warnings = load_variants(folder, args.model_order)
     evaluations, more = read_evaluations(folder)
+    if not tables and not evaluations:
+        raise UserError(f"--cache_dir {folder}: neither cache_*.csv nor evaluation JSONs there; make them with csv_analysis.py "
+                        f"and test.py --evaluate")
     warnings += more + mixed_models(protocols, evaluations)
     tags, _ = order_names([e["tag"] for e in evaluations], args.model_order)
     evaluations.sort(key=lambda e: (tags.index(e["tag"]), e["file"]))
@@ -914,10 +918,10 @@ def main(argv=None):
         print("warning: " + " ".join(w.split()), file=sys.stderr)
 
     results = analyse(tables, args)
-    heading = f"Comparison of {len(tables)} variant{'s' if len(tables) > 1 else ''}"
+    variants = list(tables) or list(dict.fromkeys(e["tag"] for e in evaluations))
+    heading = f"Comparison of {len(variants)} variant{'s' if len(variants) > 1 else ''}"
     files, md, records = {}, [], []
-    sections = [f"<p>{html.escape(', '.join(tables))}</p>", html_warnings(warnings)]
-    lines, items = protocol_lines(tables, protocols, args)
+    sections = [f"<p>{html.escape(', '.join(variants))}</p>", html_warnings(warnings)]
 
     if evaluations:
         header, cells = evaluation_table(evaluations)
@@ -974,10 +978,13 @@ def main(argv=None):
             plt.close(fig)
             sections.append(html_figure(png, caption, f"{kind} plot of {title} for {', '.join(names)}"))
 
-    sections += ["<h2>Protocol</h2>", *(f"<p>{html.escape(line)}</p>" for line in lines), html_details(items)]
-    md = [f"# {heading}", markdown(", ".join(tables)), *(f"**{markdown(w)}**" for w in warnings), *md, "## Protocol",
-          *map(markdown, lines), "\n".join(f"- {markdown(n)}: {markdown('; '.join(texts))}" for n, texts in items)]
-    files["summary.csv"] = pd.DataFrame(records).to_csv(index=False, lineterminator="\n")
+    md = [f"# {heading}", markdown(", ".join(variants)), *(f"**{markdown(w)}**" for w in warnings), *md]
+    if tables:
+        lines, items = protocol_lines(tables, protocols, args)
+        sections += ["<h2>Protocol</h2>", *(f"<p>{html.escape(line)}</p>" for line in lines), html_details(items)]
+        md += ["## Protocol", *map(markdown, lines),
+               "\n".join(f"- {markdown(n)}: {markdown('; '.join(texts))}" for n, texts in items)]
+        files["summary.csv"] = pd.DataFrame(records).to_csv(index=False, lineterminator="\n")
     files["summary.md"] = "\n\n".join(md) + "\n"
     files["report.html"] = html_report(heading, sections)
     # All or none: figures of this run beside tables of the last one would look like one result.
@@ -988,7 +995,7 @@ def main(argv=None):
         print(f"removed {old.name}, of an earlier comparison")
 
     sizes = Counter(Path(name).suffix[1:] for name in files)
-    print(f"{out / 'report.html'}: {len(tables)} variants, {len(results)} metrics, {sizes['png']} figures")
+    print(f"{out / 'report.html'}: {len(variants)} variants, {len(results)} metrics, {sizes['png']} figures")
 
 
 if __name__ == "__main__":

@@ -425,6 +425,23 @@ def test_tiny_constant_and_extreme_values_are_drawn(tmp_path, script):
     assert "1e+09" in Page(tmp_path / "out" / "report.html").text
 
 
+def test_evaluations_alone_are_compared(tmp_path, script):
+    (tmp_path / "in").mkdir()
+    flags = ("--cache_dir", tmp_path / "in", "--out_dir", tmp_path / "out", "--model_order", "b,a,real")
+    code, _, stderr = script(*flags)
+    assert code == 2 and "neither cache_*.csv nor evaluation JSONs" in stderr and not (tmp_path / "out").exists()
+    for tag, fid in (("a", 1.0), ("b", 2.0)):
+        write_evaluation(tmp_path / "in", f"evaluation_{tag}.json", {"fid": fid}, {"k": 3}, tag=tag)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.csv").write_text("of an earlier comparison")
+    code, stdout, stderr = script(*flags)
+    assert code == 0 and "2 variants" in stdout and stderr.count("\n") == 1 and "no cache_*.csv" in stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["evaluation.csv", "report.html", "summary.md"]
+    assert pd.read_csv(tmp_path / "out" / "evaluation.csv").fid.tolist() == [2, 1]
+    for text in (Page(tmp_path / "out" / "report.html").text, (tmp_path / "out" / "summary.md").read_text()):
+        assert "Comparison of 2 variants" in text and "b, a" in text and "sharpness is not" in text and "Intervals" not in text
+
+
 def test_evaluations_with_different_protocols_are_not_comparable(tmp_path):
     base = {"real": {"images": 50000, "folder": "a", "content": "c"}, "features": {"name": "inception"}, "k": 3, "pca": "none",
             "checkpoint": "a", "checkpoint_sha256": "1", "fake": {"distinct_images": 9, "manifest": {"count": 9}}}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a CUDA GPU, in one command: the tests marked gpu and the rows that README.md has from one.
+# What needs a CUDA GPU, in one command: the tests marked gpu and the rows that SPEED.md has from one.
 #
 #     bash tests/benchmarks/gpu.sh results/gpu                  all steps, about 15 minutes on an H100
 #     bash tests/benchmarks/gpu.sh results/gpu tests step_128   some of them
