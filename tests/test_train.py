@@ -257,12 +257,11 @@ def test_fid_is_measured_every_so_many_epochs_and_at_the_end(data, monkeypatch, 
 
 
 @pytest.mark.parametrize("bf16", [True, False], ids=["CPU with bf16", "CPU without"])
-def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(bf16, monkeypatch, tmp_path, fake_hub, capsys):
+def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(bf16, data, monkeypatch, tmp_path, fake_hub, capsys):
     import lpips
     fake_hub.squeezenet()
     monkeypatch.setattr(train, "cpu_computes_bf16", lambda: bf16)
-    flags = ["--dataset", "digits", "--img_size", 32, *TINY, "--lpips_net", "squeeze", "--epochs", 1, "--batch_size", 800,
-             "--sample_every", 0, "--no-tensorboard", "--val_images", 20]
+    flags = [*data, "--img_size", 32, "--lpips_net", "squeeze", "--epochs", 1, "--sample_every", 0, "--no-tensorboard"]
     main(monkeypatch, tmp_path, *flags, "--device", "cpu")
     assert ("this CPU computes in bf16 too" in capsys.readouterr().out) == bf16
     main(monkeypatch, tmp_path, *flags, "--exp_name", "first", "--prior", "standard", "--flow_length", 0, "--device", "cpu")
