@@ -893,6 +893,92 @@ def protocol_lines(tables, protocols, args):
     return lines, items
 
 
+def protocol_warnings(evaluations):
+    """Sentences on what keeps evaluations from being compared, with one another or with published ones."""
+    said = {f"{e['tag']} ({e['file']})": one_way_to_say_it(e["protocol"]) for e in evaluations}
+    warnings = []
+    for key, stated in differing(said, evaluation_key_matters).items():
+        texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
+        warnings.append(f"The rows below are not comparable, {key} differs: {texts}")
+    for e in evaluations:
+        if "fid" in e["metrics"] and not is_fid(e):
+            warnings.append(f"{e['file']}: its Fréchet distance is of {e['protocol']['features.dims']} features, not of "
+                            f"Inception's 2048: no FID, and not comparable with published ones")
+    return warnings
+
+
+def evaluation_part(evaluations, warnings):
+    """Table and protocols of the evaluations: HTML pieces, Markdown pieces, {file name: content}."""
+    header, cells = evaluation_table(evaluations)
+    details = [(f"{e['tag']} ({e['file']})",
+                [f"{k}: {v}" for k, v in e["protocol"].items()] or ["no protocol stated"]) for e in evaluations]
+    for (_, texts), e in zip(details, evaluations):
+        if e["other"]:
+            texts.append("also in this file: " + ", ".join(f"{k} = {short(v)}" for k, v in e["other"].items()))
+    sections = ["<h2>Whole sets of images</h2>", html_warnings(warnings), html_table(header, cells),
+                "<p>↓ lower is better, ↑ higher is better. Protocol of each row:</p>", html_details(details)]
+    md = ["## Whole sets of images", *(f"**{markdown(w)}**" for w in warnings), markdown_table(header, cells),
+          "\n".join(f"- {markdown(t)}: {markdown('; '.join(texts))}" for t, texts in details)]
+    frame = pd.DataFrame([evaluation_record(e) for e in evaluations])
+    return sections, md, {"evaluation.csv": frame.dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")}
+
+
+def metric_figures(metric, samples, by_name, args):
+    """[(kind, figure, caption)] of one sharpness metric: samples {variant: values}, by_name as analyse has it."""
+    axis = Axis(samples, args.scale)
+    figures = [("box", box_figure(metric, samples, axis, args.whiskers),
+                f"Box: quartiles and median; whiskers: percentiles {args.whiskers[0]:g} and {args.whiskers[1]:g}; "
+                f"diamond: mean; a point for every image beyond the whiskers. {axis.note}"),
+               ("violin", violin_figure(metric, samples, axis),
+                "Density along the axis, each scaled to the same height; bar: quartiles; circle: median"
+                + ("; dashed: real. " if REFERENCE in samples else ". ") + axis.note)]
+    against = {n: by_name[n] for n in samples if "ks" in by_name[n]}
+    if against:
+        fig, ratio, relative = difference_figure(metric, list(against), against, args.confidence)
+        caption = (("Left: the model's percentile divided by the same percentile of real" if ratio else
+                    "Left: the model's percentile minus the same percentile of real")
+                   + "; right: mean (filled) and median (open) minus real's"
+                   + (", in per cent of real's." if relative else ".")
+                   + (f" Bands and bars: {args.confidence:g} % bootstrap intervals, pointwise." if args.bootstrap else ""))
+        figures.append(("difference", fig, caption))
+    return figures
+
+
+def metric_part(metric, by_name, tables, args):
+    """Tables and figures of one sharpness metric: HTML pieces, Markdown pieces, {file name: content}, rows of summary.csv."""
+    title, unit, meaning = METRICS[metric]
+    names = [n for n in tables if n in by_name]
+    samples = {n: tables[n][metric].to_numpy() for n in names}
+    rows = [(n, summary_row(samples[n], by_name[n], args.confidence)) for n in names]
+    numbers, figures = metric_tables(rows), metric_figures(metric, samples, by_name, args)
+    notes = [f"{n} has no {metric} in its cache (made by an older version) and is left out here."
+             for n in tables if n not in by_name]
+    if REFERENCE not in samples:
+        notes.append(f"No difference plot: there is no {REFERENCE} to compare with.")
+    sections = [f"<h2>{html.escape(title)} <small>({html.escape(metric)}, {html.escape(unit)})</small></h2>",
+                f"<p>{html.escape(meaning)}</p>", *(html_table(*t) for t in numbers),
+                *(f"<p>{html.escape(n)}</p>" for n in notes)]
+    md = [f"## {title} ({markdown(metric)}, {markdown(unit)})", *(markdown_table(*t) for t in numbers), *map(markdown, notes)]
+    files = {}
+    for kind, fig, caption in figures:
+        files[f"{kind}_{metric}.png"] = png = render(fig, "png", args.dpi)
+        if args.pdf:
+            files[f"{kind}_{metric}.pdf"] = render(fig, "pdf", args.dpi)
+        plt.close(fig)
+        sections.append(html_figure(png, caption, f"{kind} plot of {title} for {', '.join(names)}"))
+    return sections, md, files, [{"metric": metric, "unit": unit, "variant": n, **row} for n, row in rows]
+
+
+def write_report(out, files):
+    """Write {name: content} into the folder, all or none: figures of this run beside tables of the last one would look like
+    one result; what an earlier comparison left there besides is removed."""
+    atomic_write_all({out / name: content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+                      for name, content in files.items()})
+    for old in sorted(p for p in out.iterdir() if OUTPUT.fullmatch(p.name) and p.name not in files and p.is_file()):
+        old.unlink(missing_ok=True)
+        print(f"removed {old.name}, of an earlier comparison")
+
+
 def main(argv=None):
     args = parse_args(argv)
     folder = Path(args.cache_dir)
@@ -904,95 +990,37 @@ def main(argv=None):
     warnings += more + mixed_models(protocols, evaluations)
     tags, _ = order_names([e["tag"] for e in evaluations], args.model_order)
     evaluations.sort(key=lambda e: (tags.index(e["tag"]), e["file"]))
-    protocol_warnings = []
-    for key, stated in differing({f"{e['tag']} ({e['file']})": one_way_to_say_it(e["protocol"]) for e in evaluations},
-                                 evaluation_key_matters).items():
-        texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
-        protocol_warnings.append(f"The rows below are not comparable, {key} differs: {texts}")
-    for e in evaluations:
-        if "fid" in e["metrics"] and not is_fid(e):
-            protocol_warnings.append(f"{e['file']}: its Fréchet distance is of {e['protocol']['features.dims']} features, not "
-                                     f"of Inception's 2048: no FID, and not comparable with published ones")
+    not_comparable = protocol_warnings(evaluations)
     out = writable_folder(args.out_dir, "--out_dir")
-    for w in warnings + protocol_warnings:
+    for w in warnings + not_comparable:
         print("warning: " + " ".join(w.split()), file=sys.stderr)
 
     results = analyse(tables, args)
     variants = list(tables) or list(dict.fromkeys(e["tag"] for e in evaluations))
     heading = f"Comparison of {len(variants)} variant{'s' if len(variants) > 1 else ''}"
-    files, md, records = {}, [], []
     sections = [f"<p>{html.escape(', '.join(variants))}</p>", html_warnings(warnings)]
+    md = [f"# {heading}", markdown(", ".join(variants)), *(f"**{markdown(w)}**" for w in warnings)]
+    files, records = {}, []
+
+    def add(more_sections, more_md, more_files=(), more_records=()):
+        sections.extend(more_sections)
+        md.extend(more_md)
+        files.update(more_files)
+        records.extend(more_records)
 
     if evaluations:
-        header, cells = evaluation_table(evaluations)
-        details = [(f"{e['tag']} ({e['file']})",
-                    [f"{k}: {v}" for k, v in e["protocol"].items()] or ["no protocol stated"]) for e in evaluations]
-        for (_, texts), e in zip(details, evaluations):
-            if e["other"]:
-                texts.append("also in this file: " + ", ".join(f"{k} = {short(v)}" for k, v in e["other"].items()))
-        sections += ["<h2>Whole sets of images</h2>", html_warnings(protocol_warnings), html_table(header, cells),
-                     "<p>↓ lower is better, ↑ higher is better. Protocol of each row:</p>", html_details(details)]
-        md += ["## Whole sets of images", *(f"**{markdown(w)}**" for w in protocol_warnings),
-               markdown_table(header, cells),
-               "\n".join(f"- {markdown(t)}: {markdown('; '.join(texts))}" for t, texts in details)]
-        frame = pd.DataFrame([evaluation_record(e) for e in evaluations])
-        files["evaluation.csv"] = frame.dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")
-
+        add(*evaluation_part(evaluations, not_comparable))
     for metric, by_name in results.items():
-        title, unit, meaning = METRICS[metric]
-        names = [n for n in tables if n in by_name]
-        samples = {n: tables[n][metric].to_numpy() for n in names}
-        rows = [(n, summary_row(samples[n], by_name[n], args.confidence)) for n in names]
-        records += [{"metric": metric, "unit": unit, "variant": n, **row} for n, row in rows]
-        numbers = metric_tables(rows)
-        axis = Axis(samples, args.scale)
-        figures = [("box", box_figure(metric, samples, axis, args.whiskers),
-                    f"Box: quartiles and median; whiskers: percentiles {args.whiskers[0]:g} and {args.whiskers[1]:g}; "
-                    f"diamond: mean; a point for every image beyond the whiskers. {axis.note}"),
-                   ("violin", violin_figure(metric, samples, axis),
-                    "Density along the axis, each scaled to the same height; bar: quartiles; circle: median"
-                    + ("; dashed: real. " if REFERENCE in samples else ". ") + axis.note)]
-        notes = [f"{n} has no {metric} in its cache (made by an older version) and is left out here."
-                 for n in tables if n not in by_name]
-        against = {n: by_name[n] for n in names if "ks" in by_name[n]}
-        if against:
-            fig, ratio, relative = difference_figure(metric, list(against), against, args.confidence)
-            caption = (("Left: the model's percentile divided by the same percentile of real" if ratio else
-                        "Left: the model's percentile minus the same percentile of real")
-                       + "; right: mean (filled) and median (open) minus real's"
-                       + (", in per cent of real's." if relative else ".")
-                       + (f" Bands and bars: {args.confidence:g} % bootstrap intervals, pointwise." if args.bootstrap
-                          else ""))
-            figures.append(("difference", fig, caption))
-        elif REFERENCE not in samples:
-            notes.append(f"No difference plot: there is no {REFERENCE} to compare with.")
-        sections += [f"<h2>{html.escape(title)} <small>({html.escape(metric)}, {html.escape(unit)})</small></h2>",
-                     f"<p>{html.escape(meaning)}</p>", *(html_table(*t) for t in numbers),
-                     *(f"<p>{html.escape(n)}</p>" for n in notes)]
-        md += [f"## {title} ({markdown(metric)}, {markdown(unit)})", *(markdown_table(*t) for t in numbers),
-               *map(markdown, notes)]
-        for kind, fig, caption in figures:
-            files[f"{kind}_{metric}.png"] = png = render(fig, "png", args.dpi)
-            if args.pdf:
-                files[f"{kind}_{metric}.pdf"] = render(fig, "pdf", args.dpi)
-            plt.close(fig)
-            sections.append(html_figure(png, caption, f"{kind} plot of {title} for {', '.join(names)}"))
-
-    md = [f"# {heading}", markdown(", ".join(variants)), *(f"**{markdown(w)}**" for w in warnings), *md]
+        add(*metric_part(metric, by_name, tables, args))
     if tables:
         lines, items = protocol_lines(tables, protocols, args)
-        sections += ["<h2>Protocol</h2>", *(f"<p>{html.escape(line)}</p>" for line in lines), html_details(items)]
-        md += ["## Protocol", *map(markdown, lines),
-               "\n".join(f"- {markdown(n)}: {markdown('; '.join(texts))}" for n, texts in items)]
+        add(["<h2>Protocol</h2>", *(f"<p>{html.escape(line)}</p>" for line in lines), html_details(items)],
+            ["## Protocol", *map(markdown, lines),
+             "\n".join(f"- {markdown(n)}: {markdown('; '.join(texts))}" for n, texts in items)])
         files["summary.csv"] = pd.DataFrame(records).to_csv(index=False, lineterminator="\n")
     files["summary.md"] = "\n\n".join(md) + "\n"
     files["report.html"] = html_report(heading, sections)
-    # All or none: figures of this run beside tables of the last one would look like one result.
-    atomic_write_all({out / name: content if isinstance(content, bytes) else content.encode("utf-8", "replace")
-                      for name, content in files.items()})
-    for old in sorted(p for p in out.iterdir() if OUTPUT.fullmatch(p.name) and p.name not in files and p.is_file()):
-        old.unlink(missing_ok=True)
-        print(f"removed {old.name}, of an earlier comparison")
+    write_report(out, files)
 
     sizes = Counter(Path(name).suffix[1:] for name in files)
     print(f"{out / 'report.html'}: {len(variants)} variants, {len(results)} metrics, {sizes['png']} figures")
