@@ -625,9 +625,9 @@ def difference_figure(metric, names, results, confidence):
 
 
 def render(fig, kind, dpi):
-    """A figure -> the bytes of a file; the figure is closed."""
+    """A figure -> the bytes of a file, the same for the same figure."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format=kind, dpi=dpi)
+    fig.savefig(buffer, format=kind, dpi=dpi, metadata={"CreationDate": None} if kind == "pdf" else None)
     return buffer.getvalue()
 
 

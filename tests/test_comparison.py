@@ -546,9 +546,10 @@ def test_same_input_gives_the_same_report(tmp_path, script):
     folder = write_caches(tmp_path / "in", a=sample(40), b=sample(30, seed=4), real=sample(20, seed=1))
     for out, workers in (("one", 1), ("two", 3)):
         assert script("--cache_dir", folder, "--out_dir", tmp_path / out, "--bootstrap", 20, "--dpi", 40, "--workers",
-                      workers, "--seed", 7)[0] == 0
+                      workers, "--seed", 7, "--pdf")[0] == 0
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+        assert b"/CreationDate" not in path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("files", [0, 8])
