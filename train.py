@@ -189,8 +189,7 @@ def build_parser():
                             "(free_bits and warmup_epochs are then 0 unless given)")
     group.add_argument("--latent_dim", type=int, default=128, help="D")
     group.add_argument("--latent_layout", choices=LATENT_LAYOUTS, default="vector",
-                       help="spatial: a map with D / S channels at each of the S positions of the lowest resolution; with "
-                            "--flow_seq_len S the flow's tokens are then positions")
+                       help="spatial: a map with D / S channels at each of the S positions of the lowest resolution")
     group.add_argument("--hidden_dims", type=int, nargs="+", default=[64, 128, 256, 512], help="channels of each stage")
     group.add_argument("--blocks_per_stage", type=int, default=1, help="ResBlocks at each stage")
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="vamp: learned pseudo-inputs; mog: free mixture")
@@ -198,7 +197,8 @@ def build_parser():
     group.add_argument("--pseudo_init", choices=("data", "noise"), default="data", help="where the components start")
     group.add_argument("--pseudo_noise", type=float, default=0.05, help="std of the noise added to data, pixels in [-1, 1]")
     group.add_argument("--flow_length", type=int, default=8, help="coupling layers, 0 = no flow")
-    group.add_argument("--flow_seq_len", type=int, default=8, help="tokens per latent half")
+    group.add_argument("--flow_seq_len", type=int, default=8,
+                       help="tokens per latent half (with a spatial latent by default S: a token is a position)")
     group.add_argument("--flow_embed_dim", type=int, default=128, help="token width")
     group.add_argument("--flow_heads", type=int, default=4, help="attention heads")
     group.add_argument("--flow_layers", type=int, default=2, help="attention blocks per conditioner")
@@ -276,6 +276,7 @@ def parse_args(argv=None):
         parser.set_defaults(**{**DEMO, "overwrite": not given & {"exp_name", "save_dir", "resume"}})
     args = parser.parse_args(argv)
     drop_the_meaningless(args, given)
+    make_tokens_positions(args, given)
     return args, given
 
 
@@ -286,6 +287,13 @@ def drop_the_meaningless(args, given):
                               ("mixture_covariance", args.prior != "mog"), ("flow_whiten", args.flow_length == 0 or not full)):
         if meaningless and name not in given:
             setattr(args, name, build_parser().get_default(name))
+
+
+def make_tokens_positions(args, given):
+    """As many flow tokens as a spatial latent has positions, unless a flag, the preset or --demo says how many."""
+    named = {*given, *PRESETS.get(args.preset, ()), *(DEMO if args.demo else ())}
+    if args.latent_layout == "spatial" and "flow_seq_len" not in named:
+        args.flow_seq_len = max(1, args.img_size // 2 ** len(args.hidden_dims)) ** 2
 
 
 def check_flags(args, given):
@@ -464,6 +472,7 @@ def read_first_stage(args, given):
         setattr(args, name, first[name])
     for name in set(TAKEN_FROM_FIRST_STAGE) - given - ({"data_dir"} if "dataset" in given else set()):
         setattr(args, name, checkpoint["args"].get(name, getattr(args, name)))
+    make_tokens_positions(args, given)
     if first["flow_length"]:
         for name in {"flow_length", *SHAPE_OF_MIXTURE, *SHAPE_OF_FLOW} - given - {*PRESETS.get(args.preset, ())}:
             setattr(args, name, first[name])

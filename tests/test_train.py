@@ -205,6 +205,16 @@ def test_preset_gives_way_to_flags_that_leave_a_part_of_it_without_a_meaning():
             train.check_flags(args, given)
 
 
+@pytest.mark.parametrize("flags, tokens", [
+    ([], 8), (["--hidden_dims", "64", "128", "256"], 8), (["--latent_layout", "spatial"], 4),
+    (["--latent_layout", "spatial", "--hidden_dims", "64", "128", "256"], 16),
+    (["--latent_layout", "spatial", "--img_size", "64"], 16), (["--latent_layout", "spatial", "--flow_seq_len", "8"], 8),
+    (["--latent_layout", "spatial", "--demo"], 2),
+    (["--latent_layout", "spatial", "--preset", "gmm_flow", "--img_size", "16"], 16)])
+def test_tokens_of_a_spatial_latent_are_its_positions(flags, tokens):
+    assert train.parse_args(flags)[0].flow_seq_len == tokens
+
+
 def test_the_plan_counts_every_parameter_where_it_belongs(data, monkeypatch, tmp_path, capsys):
     main(monkeypatch, tmp_path, *data, "--prior", "standard", "--flow_context", "encoder", "--epochs", 1, "--no-tensorboard")
     parts = re.search("^model .*", capsys.readouterr().out, re.M)[0]
@@ -1102,6 +1112,13 @@ def test_second_stage_takes_data_and_measure_from_the_first(data, monkeypatch, t
     assert taken("--flip", "--lpips_net", "alex", "--data_dir", "x") == {**taken(), "flip": True, "lpips_net": "alex",
                                                                          "data_dir": "x"}
     assert taken("--dataset", "cifar10") == {**taken(), "dataset": "cifar10", "data_dir": "./data"}
+    main(monkeypatch, tmp_path, *data, "--sample_every", 0, "--no-tensorboard", "--epochs", 1, "--flow_length", 0,
+         "--latent_layout", "spatial", "--exp_name", "map")
+    path_of_map = str(tmp_path / "results/map/last.pth")
+    for flags, tokens in (([], 4), (["--preset", "gmm_flow"], 16), (["--flow_seq_len", "2"], 2)):
+        args, given = train.parse_args(["--fit_prior", path_of_map, *flags])
+        train.read_first_stage(args, given)
+        assert (args.latent_layout, args.flow_seq_len) == ("spatial", tokens)
     main(monkeypatch, tmp_path, "--fit_prior", path, "--flow_seq_len", 1, "--flow_length", 1, "--epochs", 1,
          "--device", "cpu", "--no-tensorboard", "--exp_name", "second")
     assert len(history(tmp_path / "results/second")) == 1
