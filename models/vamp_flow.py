@@ -391,16 +391,20 @@ class BiCrossAttnFlow(nn.Module):
             self.register_buffer("log_scale", torch.zeros(channels))                            # sums to 0
             self.register_buffer("tril", torch.zeros(channels, channels))                       # strictly lower triangular
         generator = torch.Generator().manual_seed(perm_seed)
-        # Where the values of each position lie, (S, D/S): in a map first, then in the halves (2, S, D/2S) that a layer leaves.
+        # The values of z0 as a layer finds them, position after position (S, D/S), and where: in a map first, then in the
+        # halves (2, S, D/2S) that a layer leaves. The last layer brings all back to their places: a new flow is the identity,
+        # and a VampPrior's components, which come from the encoder as z0 does, start where the latents are.
         # (The device is named since utils builds models on the meta device, to learn their sizes.)
-        lie = torch.arange(dim, device="cpu").unflatten(0, (positions, -1))
+        values = lie = torch.arange(dim, device="cpu").unflatten(0, (positions, -1))
         self.couplings = nn.ModuleList()
-        for _ in range(length):
-            channels = torch.randperm(dim // positions, generator=generator, device="cpu")
+        for layer in range(length):
+            last = layer == length - 1
+            channels = values[0].argsort() if last else torch.randperm(dim // positions, generator=generator, device="cpu")
             perm = torch.cat([half.flatten() for half in lie[:, channels].chunk(2, dim=1)])
             self.couplings.append(BiCrossAttnCoupling(
                 dim, perm, seq_len=seq_len, embed_dim=embed_dim, heads=heads, layers=layers, mlp_ratio=mlp_ratio,
                 scale_bound=scale_bound, context_dim=context_dim))
+            values = values[:, channels]
             lie = self.join_halves(torch.arange(dim, device="cpu")[None])[0].unflatten(0, (positions, -1))
         self.fold_norms = None                            # a FoldNorms: train with the kernels at the end of this file
 
