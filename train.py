@@ -290,9 +290,9 @@ def drop_the_meaningless(args, given):
 
 
 def make_tokens_positions(args, given):
-    """As many flow tokens as a spatial latent has positions, unless a flag, the preset or --demo says how many."""
+    """As many tokens of a flow as a spatial latent has positions, unless a flag, the preset or --demo says how many."""
     named = {*given, *PRESETS.get(args.preset, ()), *(DEMO if args.demo else ())}
-    if args.latent_layout == "spatial" and "flow_seq_len" not in named:
+    if args.latent_layout == "spatial" and args.flow_length and "flow_seq_len" not in named:
         args.flow_seq_len = max(1, args.img_size // 2 ** len(args.hidden_dims)) ** 2
 
 
@@ -304,8 +304,9 @@ def check_flags(args, given):
                     val_images=0, stop_epoch=0, threads=0, weight_decay=0, lr_min=0, grad_clip=0, skip_grad_norm=0, balance=0,
                     posterior_std=0, beta_max=0, warmup_epochs=0, free_bits=0, lpips_weight=0, pseudo_noise=0, seed=0)
     for name, low in at_least.items():
-        if not low <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name)}: must be {low} or more")
+        value = getattr(args, name)
+        if not low <= value < math.inf:
+            raise UserError(f"--{name} {value}: must be {low} or more{', and finite' * (value == math.inf)}")
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr {args.lr}: must be positive")
     if args.seed >= 2 ** 63:
@@ -353,7 +354,7 @@ def check_flags(args, given):
     for wrong, message in senseless:
         if wrong:
             raise UserError(message)
-    if args.warmup_epochs > args.epochs:
+    if args.warmup_epochs > args.epochs and args.beta_max:
         print(f"note: beta reaches {args.beta_max * args.epochs / args.warmup_epochs:.3g}, not --beta_max {args.beta_max}: "
               f"--warmup_epochs {args.warmup_epochs:g} is longer than the run")
 
@@ -441,7 +442,9 @@ SHARED_WITH_FIRST_STAGE = ("in_channels", "img_size", "latent_dim", "latent_layo
 # What the first stage's mixture and flow can only be taken over with, beside a flow that is not longer than the new one.
 SHAPE_OF_MIXTURE = ("prior", "num_components", "mixture_weights", "mixture_covariance")
 SHAPE_OF_FLOW = ("flow_seq_len", "flow_embed_dim", "flow_heads", "flow_layers", "flow_mlp_ratio", "flow_whiten", "scale_bound")
-EM_STEPS, EM_POINTS = 20, 2 ** 17   # of --mixture_covariance full in a second stage
+# Of --mixture_covariance full in a second stage: so many latents at most, and of few images as many draws of each posterior
+# as make some for each dimension, without which their covariance would lack directions.
+EM_STEPS, EM_POINTS, EM_POINTS_A_DIMENSION = 20, 2 ** 17, 50
 
 
 class FirstStage(NamedTuple):
@@ -704,11 +707,13 @@ def weight_groups(model, weight_decay):
 
 @torch.no_grad()
 def start_prior(args, model, data):
-    """--pseudo_init data: each component starts at a training image plus a little noise; images repeat if K > N."""
+    """--pseudo_init data: each component starts at a training image plus a little noise; images repeat if K > N. Those of
+    mog are as wide as the latents of more images."""
     if args.prior == "standard" or args.pseudo_init == "noise":
         return
     generator = seeded("cpu", args.seed, "components")
-    chosen = torch.randperm(len(data), generator=generator)[torch.arange(args.num_components) % len(data)]
+    images = max(args.num_components, min(len(data), 256)) if args.prior == "mog" else args.num_components
+    chosen = torch.randperm(len(data), generator=generator)[torch.arange(images) % len(data)]
     images = to_float(data.take(chosen).cpu())
     noise = args.pseudo_noise * torch.randn(images.shape, generator=generator)
     model.init_prior((images + noise).to(next(model.parameters()).device))
@@ -746,6 +751,8 @@ def start_mixture(args, model, posteriors, whiten):
     chosen = torch.randperm(len(posteriors) * views, generator=generator)[:EM_POINTS]
     if len(chosen) < model.num_components:
         raise UserError(f"--num_components {model.num_components}: only {len(chosen)} latents to fit them to")
+    draws = -(-min(EM_POINTS, EM_POINTS_A_DIMENSION * model.latent_dim) // len(chosen))
+    chosen = chosen.repeat(draws)
     device, points = next(model.parameters()).device, []
     for some in chosen.split(LATENT_BLOCK):
         mu, logvar = posteriors.images[some // views, ..., some % views].to(device).unbind(1)
@@ -753,7 +760,8 @@ def start_mixture(args, model, posteriors, whiten):
     if whiten:
         model.flow.set_whitening_(torch.cat(points))
     points = [model.apply_flow(z0)[0] for z0 in points]   # the flow is the prior's own: the mixture lives at zK
-    print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents")
+    print(f"EM          {EM_STEPS} steps for {model.num_components} components of full covariance, on {len(chosen)} latents\
+{f', {draws} draws of each posterior' if draws > 1 else ''}")
     model.fit_mixture_(torch.cat(points), EM_STEPS, generator,
                        lambda steps: progress_bar(len(steps), "EM", "step", iterable=steps))
     if process_count() > 1:     # whose posteriors, and so their clusters, may differ by rounding
@@ -1585,7 +1593,8 @@ latent      {args.latent_dim} values{f', {positions} positions of {args.latent_d
 prior       {args.prior}{f', {model.num_components} components' if args.prior != 'standard' else ''}\
 {', frozen' if args.freeze_mixture else ''}; flow {flow if args.flow_length else 'off'}
 loss        {reconstruction}beta max(KL - {args.free_bits * args.latent_dim:g}, 0), \
-beta to {args.beta_max:g} over {args.warmup_epochs:g} epochs
+beta to {args.beta_max:g} over {args.warmup_epochs:g} epochs\
+{f' + {args.balance:g} balance' if args.balance else ''}
 training    {args.epochs} epochs of {steps} steps of {trainer.batch_size} images\
 {f' ({left_out} images, others each time, left out of an epoch)' if left_out else ''}
 device      {device} ({name}), {', '.join(options)}, torch {torch.__version__}

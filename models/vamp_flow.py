@@ -757,13 +757,14 @@ class CrossFlowVampVAE(nn.Module):
 
     @torch.no_grad()
     def init_prior(self, images):
-        """Start the K components at these images (K, C, H, W): as pseudo-inputs, or (mog) at their posteriors' means, each
-        as wide as all of them together, since of narrow ones the widest would take all responsibility."""
+        """Start the K components at the first K of these images (K or more, C, H, W): as pseudo-inputs, or (mog) at their
+        posteriors' means, each as wide as all the images' posteriors together, since of narrow ones the widest would take
+        all responsibility."""
         if self.prior == "vamp":
-            self.pseudo_raw.copy_(images.clamp(-1, 1))
+            self.pseudo_raw.copy_(images[:self.num_components].clamp(-1, 1))
         elif self.prior == "mog":
             mu, logvar = self.encode(images)
-            self.prior_mu.copy_(mu)
+            self.prior_mu.copy_(mu[:self.num_components])
             self.prior_logvar.copy_((logvar.exp().mean(0) + mu.var(0, unbiased=False)).log())
 
     def prior_params(self):

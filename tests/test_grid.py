@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,8 +144,19 @@ def test_interrupted_pair_is_resumed(finished, tmp_path):
 
 
 def test_run_killed_before_it_saved_starts_again(finished):
-    """Such a run has a history but nothing to resume from, which train.py --resume auto refuses."""
+    """Such a run has a history but nothing to resume from."""
     assert pd.read_csv(finished.out / "runs/CrossVampVAE_s0/history.csv")["epoch"].tolist() == [1, 2]
+
+
+def test_run_with_an_older_checkpoint_alone_is_named_and_left_as_it_is(finished, tmp_path):
+    """step_*.pth is what a lost or damaged last.pth leaves to go on from."""
+    run = tmp_path / "runs/CrossVampVAE_s0"
+    run.mkdir(parents=True)
+    shutil.copy(finished.out / "runs/CrossVampVAE_s0/last.pth", run / "step_000000025.pth")
+    shutil.copy(finished.out / "runs/CrossVampVAE_s0/history.csv", run)
+    before = state(run)
+    code, _, error = call("--out", tmp_path, *OWN, "--only", *GOOD, *COMMON)
+    assert code == 2 and "CrossVampVAE_s0: train: error: " in error and "no last.pth" in error and state(run) == before
 
 
 def check_table(out, variants):

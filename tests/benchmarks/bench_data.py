@@ -43,8 +43,9 @@ def write_files(folder, n, size):
 
 
 def epoch_from_memory(data, device):
-    """One epoch of batches of 128 with random flips, as train.py takes them."""
-    for i, batch in enumerate(data.batches(torch.randperm(len(data))[:len(data) // 128 * 128].view(-1, 128), device)):
+    """One epoch of batches of 128 with random flips, as train.py takes them; here the last may be smaller, so that all images
+    are served."""
+    for i, batch in enumerate(data.batches(torch.randperm(len(data)).split(128), device)):
         x = to_float(batch)
         flipped = torch.rand(len(x), 1, 1, 1, generator=seeded(device, i), device=device) < 0.5
         torch.where(flipped, x.flip(3), x)
@@ -63,8 +64,7 @@ def main():
         paths = list_images(args.folder or tmp, "--folder")[:args.images]
         n, cpu = len(paths), torch.device("cpu")
         data = MemoryImages(decode_images(paths, 3, args.size, progress=False))
-        loader = torch.utils.data.DataLoader(Files(paths, args.size), 128, shuffle=True, drop_last=True, num_workers=4,
-                                             persistent_workers=True)
+        loader = torch.utils.data.DataLoader(Files(paths, args.size), 128, shuffle=True, num_workers=4, persistent_workers=True)
 
         cases = {
             "decode": (lambda: decode_images(paths, 3, args.size, progress=False),

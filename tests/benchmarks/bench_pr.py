@@ -23,14 +23,16 @@ from utils import pick_device, run
 
 def make(case, n, m, dims, seed=0):
     """Two float32 sets. gauss: like PCA features, the spread falling off over 256 dimensions; duplicates: every fourth
-    point of both sets is one of a few hundred real ones; collapsed: the fake points are ten tight clusters."""
+    point of both sets is one of a hundred real ones (of fewer, where there are not as many); collapsed: the fake points are
+    ten tight clusters."""
     rng = np.random.default_rng(seed)
     spread = (1 / np.sqrt(1 + np.arange(dims))).astype(np.float32)
     real = rng.standard_normal((n, dims), np.float32) * spread
     fake = rng.standard_normal((m, dims), np.float32) * spread * np.float32(0.95)
     if case == "duplicates":
-        real[::4] = real[1 + 4 * rng.integers(0, 100, len(real[::4]))]
-        fake[::4] = real[1 + 4 * rng.integers(0, 100, len(fake[::4]))]
+        few = min(100, (n + 2) // 4)
+        real[::4] = real[1 + 4 * rng.integers(0, few, len(real[::4]))]
+        fake[::4] = real[1 + 4 * rng.integers(0, few, len(fake[::4]))]
     elif case == "collapsed":
         fake = fake[rng.integers(0, 10, m)] + 1e-3 * rng.standard_normal((m, dims), np.float32) * spread
     return real, fake

@@ -162,7 +162,8 @@ def draw(path, lines, note):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)          # --batch_size and --flow_length are train.py's
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=PANELS)
     parser.add_argument("--small", action="store_true", help="the network of train.py --demo")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])

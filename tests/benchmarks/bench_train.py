@@ -210,7 +210,8 @@ def matrix_rate(device, amp):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--cases", nargs="+", default=["plain", "eager", "layout", "fast"],
                         choices=("plain", *SETTINGS))
     parser.add_argument("--batch_size", type=int, default=128)
@@ -219,11 +220,14 @@ def main():
     parser.add_argument("--no_lpips", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", action="store_true", help="a line for each part of a step too")
-    parser.add_argument("--profile", default=None, metavar="CASE", help="the longest operations of one of the cases")
+    parser.add_argument("--profile", default=None, choices=("plain", *SETTINGS),
+                        help="the longest operations of one of the cases")
     parser.add_argument("--longest", type=int, default=25, help="of them in the line")
     args, rest = parser.parse_known_args()
+    args.cases += [args.profile] * (args.profile not in (None, *args.cases))
     device = pick_device(args.device)
     flags, _ = train.parse_args(rest)
+    args.no_lpips |= flags.lpips_net == "none"
     flags.in_channels, flags.flip, cuda = 3, True, device.type == "cuda"
     native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.backends.cudnn.benchmark = True                       # as train.py; the plain way has it too

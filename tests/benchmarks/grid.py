@@ -213,8 +213,8 @@ class Pair:
         # A finished training stays finished where --out was moved to; its flags have been compared by then.
         return bool(entry and entry["done"] and (entry["command"] == shlex.join(command) or step == "train"))
 
-    def do(self, step, command, instead=None, distance_key=None):
-        """Run a step unless this very command was run before; `instead`: the command to run in its place this time.
+    def do(self, step, command, distance_key=None):
+        """Run a step unless this very command was run before.
 
         Whatever was made after an earlier version of this step may depend on it and is forgotten. The seconds add up
         over interruptions.
@@ -234,7 +234,7 @@ class Pair:
         self.save()
         start = time.monotonic()
         try:
-            output = self.grid.commands(step, instead or command, self.log, wants_output=distance_key is not None)
+            output = self.grid.commands(step, command, self.log, wants_output=distance_key is not None)
             if distance_key is not None:
                 entry["value"] = parse_number(output, distance_key)
             entry["done"] = True
@@ -249,11 +249,7 @@ class Pair:
         if self.record["finished"] and not self.missing():
             grid.say(f"{self.name}: finished before")
             return
-        train = self.train_command()
-        # A run that was killed before it saved anything cannot be resumed and has nothing to lose.
-        lost = (self.run / "history.csv").exists() and not (self.run / "last.pth").exists()
-        start_again = [*train[:train.index("--resume")], "--overwrite"] if lost else None
-        self.do("train", train, start_again)
+        self.do("train", self.train_command())
         grid.export_real(self)
         for step, command, key in self.later_steps():
             self.do(step, command, distance_key=key)
@@ -505,7 +501,11 @@ def markdown(table, records, out):
                   f"training images; _bypassed: these without the flow), and of the samples to training images (_train). A "
                   f"Fréchet distance depends on the number of images on each side. Command, folders left out: "
                   f"{distinct(distances)}"]
-    lines += ["", f"- samples: {distinct([r['num_samples'] for r in records], '')}",
+    samples = list(dict.fromkeys(r["num_samples"] for r in records))
+    fewer = {n: m for n in samples if 0 < (m := len(list((out / "images" / f"real_train_{n}").glob("*.png")))) < n}
+    lines += ["", f"- samples: {distinct(samples, '')}",
+              *(f"- **but {m:,} training images and reconstructions**, all that there are, to {n:,} samples: a distance is the "
+                f"larger the fewer images it is of" for n, m in fewer.items()),
               f"- common flags: {distinct(r['common'] for r in records)}",
               f"- commit: {distinct([entry['commit'] for entry in steps], '')}",
               f"- torch: {distinct([r['machine']['versions']['torch'] for r in records], '')}",

@@ -39,6 +39,7 @@ from utils import (
     seeded,
     sha256_file,
     to_float,
+    writable_folder,
 )
 
 NETWORKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
@@ -117,6 +118,9 @@ def main():
     target = Path(args.torch_home, "hub", "checkpoints", LPIPS_FILES[args.net])
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} lies there already; --overwrite replaces it")
+    if min(args.epochs, args.batch_size) < 1:
+        raise UserError(f"--epochs {args.epochs}, --batch_size {args.batch_size}: both must be 1 or more")
+    writable_folder(target.parent, "--torch_home")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     root = Path(args.data_dir)
@@ -124,7 +128,12 @@ def main():
     test, y_test, others = load_classes(root / "test", args.img_size, device)
     if names != others:
         raise UserError(f"--data_dir {root}: train/ and test/ hold different classes")
-    model = Classifier(args.net, args.img_size, len(names)).to(device, memory_format=torch.channels_last)
+    try:
+        model = Classifier(args.net, args.img_size, len(names))
+    except RuntimeError:
+        raise UserError(f"--net {args.net} needs larger images than --img_size {args.img_size}") from None
+    model.to(device, memory_format=torch.channels_last)
+    args.batch_size = min(args.batch_size, len(train))
     steps = len(train) // args.batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps)
@@ -148,7 +157,6 @@ def main():
         found = torch.cat([model(to_float(batch)).argmax(1) for batch in test.split(500)])
     accuracy = (found == y_test).double().mean().item()
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as f:
         torch.save(published_state(args.net, model.trunk), f)
     print(json.dumps({"stand_in": str(target), "sha256": sha256_file(target), "net": NETWORKS[args.net],
