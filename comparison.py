@@ -38,7 +38,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
 
+from PR_Calculate import FEW_IMAGES
 from utils import (
+    STAND_IN,
     FlagParser,
     UserError,
     atomic_write_all,
@@ -484,13 +486,13 @@ def rows_figure(samples):
     return plt.subplots(figsize=(7.2, 1.2 + row * len(samples)), layout="constrained")
 
 
-def box_figure(metric, samples, axis, whiskers):
+def box_figure(metric, samples, axis, styles, whiskers):
     """Box: quartiles and median; whiskers: percentiles; diamond: mean; a point for every image beyond the whiskers."""
     fig, ax = rows_figure(samples)
     title, unit, _ = METRICS[metric]
     rng = np.random.default_rng(0)                              # only spreads the points over the row's height
     for row, (name, values) in enumerate(samples.items()):
-        colour, hatch, _, _ = style_of(samples)[name]
+        colour, hatch, _, _ = styles[name]
         low, q1, median, q3, high = np.percentile(values, [whiskers[0], 25, 50, 75, whiskers[1]])
         beyond = values[((values < low) | (values > high)) & ~np.isnan(axis.place(values))]
         ax.scatter(beyond, row + rng.uniform(-0.13, 0.13, len(beyond)), s=3, color="#444444", alpha=0.35, linewidths=0,
@@ -509,13 +511,13 @@ def box_figure(metric, samples, axis, whiskers):
     return fig
 
 
-def violin_figure(metric, samples, axis):
+def violin_figure(metric, samples, axis, styles):
     """Density of the values along the axis, each variant scaled to the same height; dashed: real's."""
     fig, ax = rows_figure(samples)
     title, unit, _ = METRICS[metric]
     densities = {name: density(axis.place(values), axis.low, axis.high) for name, values in samples.items()}
     for row, (name, values) in enumerate(samples.items()):
-        colour, hatch, _, _ = style_of(samples)[name]
+        colour, hatch, _, _ = styles[name]
         t, d = densities[name]
         x = 10 ** t if axis.log else t
         ax.fill_between(x, row - 0.42 * d, row + 0.42 * d, facecolor=colour, edgecolor="black", linewidth=0.8,
@@ -557,7 +559,7 @@ def above_zero(estimate, resamples):
     return np.min(estimate) > 0 and np.min(resamples, initial=math.inf) > 0
 
 
-def difference_figure(metric, names, results, confidence):
+def difference_figure(metric, names, results, styles, confidence):
     """Left: quantile by quantile, model against real, with the interval as a band; right: mean and median.
 
     The left is a ratio (logarithmic if it spans much) where every percentile is positive, of real in every resample
@@ -571,7 +573,6 @@ def difference_figure(metric, names, results, confidence):
     height = max(3.6, 1.9 + len(names) * max(0.5, 0.12 + 0.19 * line_count(row_labels)))
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, height + 0.18 * legend_lines), layout="constrained",
                                       gridspec_kw={"width_ratios": (1.25, 1)})
-    styles = style_of([*names, REFERENCE])
     # What is divided by must be positive in every resample too, or the band would have holes.
     ratio = all(r["percentiles"][0].min() > 0 and above_zero(*r["ref_percentiles"]) for r in results.values())
     relative = all(above_zero(*r["ref_mean"]) and above_zero(*r["ref_median"]) for r in results.values())
@@ -661,8 +662,9 @@ def metric_tables(rows):
 
 
 def is_fid(evaluation):
-    """Of Inception's 2048 features, as published? An evaluation that does not state its features is taken at its word."""
-    return evaluation["protocol"].get("features.dims", "2048") == "2048"
+    """Of the published Inception's 2048 features? An evaluation that does not state its features is taken at its word."""
+    protocol = evaluation["protocol"]
+    return protocol.get("features.dims", "2048") == "2048" and STAND_IN not in protocol.get("features.name", "")
 
 
 def evaluation_table(evaluations):
@@ -683,7 +685,7 @@ def evaluation_table(evaluations):
 # Of a protocol, the columns of evaluation.csv; the report has all of it.
 PROTOCOL_COLUMNS = {"real.images": "real_images", "fake.images": "fake_images", "real.split": "real_split",
                     "features.name": "features", "features.dims": "dims", "k": "k", "nearest_k": "nearest_k", "pca": "pca",
-                    **{name: name for name in (*OF_MODEL, "seed")}}
+                    **{name: name for name in OF_MODEL}}
 
 
 def evaluation_record(e):
@@ -691,8 +693,10 @@ def evaluation_record(e):
     metrics, protocol = {c: e["metrics"].get(c) for c in [*EVALUATION, "kid_std"]}, one_way_to_say_it(e["protocol"])
     if not is_fid(e):
         metrics = {"frechet_distance": metrics["fid"], **metrics, "fid": None}
+    # Of samples; what PR_Calculate.py calls seed is that of KID's subsets.
+    seed = protocol.get("fake.manifest.seed", None if "fake.folder" in protocol else protocol.get("seed"))
     return {"variant": e["tag"], **metrics, **{name: protocol.get(key) for key, name in PROTOCOL_COLUMNS.items()},
-            "file": e["file"]}
+            "seed": seed, "file": e["file"]}
 
 
 def markdown(text):
@@ -885,7 +889,7 @@ def protocol_lines(tables, protocols, args):
             text.append(f"folder {p['folder']}; sizes {', '.join(f'{k} ({v:,})' for k, v in p['sizes'].items())}; "
                         f"{p['skipped']:,} unreadable files skipped; r0 = {r0}")
             if p["made_by"]:
-                text.append("exported as " + ", ".join(f"{k} {v[:12] if k == 'checkpoint_sha256' else v}"
+                text.append("exported as " + ", ".join(f"{k} {str(v)[:12] if k == 'checkpoint_sha256' else v}"
                                                        for k, v in p["made_by"].items()))
         else:
             text.append("no fingerprint: definitions and folder unknown")
@@ -902,8 +906,13 @@ def protocol_warnings(evaluations):
         warnings.append(f"The rows below are not comparable, {key} differs: {texts}")
     for e in evaluations:
         if "fid" in e["metrics"] and not is_fid(e):
-            warnings.append(f"{e['file']}: its Fréchet distance is of {e['protocol']['features.dims']} features, not of "
+            dims, name = (e["protocol"].get(f"features.{key}", "?") for key in ("dims", "name"))
+            warnings.append(f"{e['file']}: its Fréchet distance is of {dims} features of {name}, not of the published "
                             f"Inception's 2048: no FID, and not comparable with published ones")
+        few = {side: e["protocol"].get(f"{side}.images", "") for side in ("real", "fake")}
+        few = [f"{n} {side} images" for side, n in few.items() if n.isdecimal() and int(n) < FEW_IMAGES]
+        if "fid" in e["metrics"] and few:
+            warnings.append(f"{e['file']}: of {' and '.join(few)}, fewer than {FEW_IMAGES:,}: its distance is too high")
     return warnings
 
 
@@ -923,18 +932,19 @@ def evaluation_part(evaluations, warnings):
     return sections, md, {"evaluation.csv": frame.dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")}
 
 
-def metric_figures(metric, samples, by_name, args):
-    """[(kind, figure, caption)] of one sharpness metric: samples {variant: values}, by_name as analyse has it."""
+def metric_figures(metric, samples, by_name, styles, args):
+    """[(kind, figure, caption)] of one sharpness metric: samples {variant: values}, by_name as analyse has it, styles of
+    style_of."""
     axis = Axis(samples, args.scale)
-    figures = [("box", box_figure(metric, samples, axis, args.whiskers),
+    figures = [("box", box_figure(metric, samples, axis, styles, args.whiskers),
                 f"Box: quartiles and median; whiskers: percentiles {args.whiskers[0]:g} and {args.whiskers[1]:g}; "
                 f"diamond: mean; a point for every image beyond the whiskers. {axis.note}"),
-               ("violin", violin_figure(metric, samples, axis),
+               ("violin", violin_figure(metric, samples, axis, styles),
                 "Density along the axis, each scaled to the same height; bar: quartiles; circle: median"
                 + ("; dashed: real. " if REFERENCE in samples else ". ") + axis.note)]
     against = {n: by_name[n] for n in samples if "ks" in by_name[n]}
     if against:
-        fig, ratio, relative = difference_figure(metric, list(against), against, args.confidence)
+        fig, ratio, relative = difference_figure(metric, list(against), against, styles, args.confidence)
         caption = (("Left: the model's percentile divided by the same percentile of real" if ratio else
                     "Left: the model's percentile minus the same percentile of real")
                    + "; right: mean (filled) and median (open) minus real's"
@@ -950,7 +960,7 @@ def metric_part(metric, by_name, tables, args):
     names = [n for n in tables if n in by_name]
     samples = {n: tables[n][metric].to_numpy() for n in names}
     rows = [(n, summary_row(samples[n], by_name[n], args.confidence)) for n in names]
-    numbers, figures = metric_tables(rows), metric_figures(metric, samples, by_name, args)
+    numbers, figures = metric_tables(rows), metric_figures(metric, samples, by_name, style_of(tables), args)
     notes = [f"{n} has no {metric} in its cache (made by an older version) and is left out here."
              for n in tables if n not in by_name]
     if REFERENCE not in samples:
@@ -988,7 +998,10 @@ def main(argv=None):
         raise UserError(f"--cache_dir {folder}: neither cache_*.csv nor evaluation JSONs there; make them with csv_analysis.py "
                         f"and test.py --evaluate")
     warnings += more + mixed_models(protocols, evaluations)
-    tags, _ = order_names([e["tag"] for e in evaluations], args.model_order)
+    tags, unknown = order_names([e["tag"] for e in evaluations], args.model_order)
+    if not tables:                                        # else load_variants has said it
+        warnings += [f"--model_order names {u}, which has no evaluation; there are: {', '.join(tags)}" for u in unknown
+                     if u != REFERENCE]
     evaluations.sort(key=lambda e: (tags.index(e["tag"]), e["file"]))
     not_comparable = protocol_warnings(evaluations)
     out = writable_folder(args.out_dir, "--out_dir")

@@ -15,6 +15,7 @@ says, whatever the files' dates are.
 Shapes: N images, H height, W width.
 """
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -301,7 +302,8 @@ def cached_table(cache, fingerprint, definitions, names, digest, skip_corrupt):
 
 def write_results(cache, fingerprint, summary, table, record):
     """The three files of a tag, all or none."""
-    text = table.to_csv(index=False, lineterminator="\n").encode("utf-8", "surrogateescape")
+    # (All names quoted: by itself pandas leaves a carriage return in one bare, at which it ends the line when it reads.)
+    text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).encode("utf-8", "surrogateescape")
     record = with_checksum({**record, "cache_sha256": hashlib.sha256(text).hexdigest()})
     atomic_write_all({summary: statistics(table).to_csv(index=False, lineterminator="\n").encode(), cache: text,
                       fingerprint: (json.dumps(record, indent=2) + "\n").encode("utf-8")})

@@ -915,7 +915,7 @@ def save_latent_map(path, model, posterior, n, method, seed):
         both = np.concatenate([means, components])              # t-SNE has no map for points that come later
         perplexity = min(30.0, (len(both) - 1) / 3)
         flat = TSNE(2, perplexity=perplexity, init="pca" if both.shape[1] > 1 else "random",
-                    random_state=seed).fit_transform(both.astype(np.float32))
+                    random_state=seed % 2 ** 32).fit_transform(both.astype(np.float32))
         points, marks = flat[:len(means)], flat[len(means):]
         labels = f"t-SNE 1 (perplexity {perplexity:.0f}, no scale)", "t-SNE 2"
     else:
@@ -1057,17 +1057,21 @@ def is_export(folder, **entries):
     return manifest.get("done") == manifest.get("count") and all(manifest.get(k) == v for k, v in entries.items())
 
 
+def common_tag(tag):
+    """What csv_analysis.py and comparison.py can call this run: its tag, or another one if they would refuse that."""
+    try:
+        return safe_tag("real_samples" if tag == "real" else tag)
+    except argparse.ArgumentTypeError:
+        return safe_tag(f"run_{re.sub(r'[^A-Za-z0-9_.+-]', '_', tag)[:80]}_{zlib.crc32(os.fsencode(tag)):08x}")
+
+
 def next_commands(args, tag, device, real_images, samples):
     """The commands that turn the exports into numbers and figures, ready for a shell; those whose folders are there, and are
     what this command would have exported: with these manifest entries."""
     real, fake = (Path(args.export_dir, name) for name in (args.real_dirname, args.fake_dirname))
     there = {real: is_export(real, kind="real", **real_images), fake: is_export(fake, kind="samples", **samples)}
     quality, compare = (Path(args.save_dir, name) for name in (QUALITY_DIR, "compare"))
-    try:
-        tag = safe_tag("real_samples" if tag == "real" else tag)
-    except argparse.ArgumentTypeError:                          # csv_analysis.py would refuse it
-        tag = safe_tag(f"run_{re.sub(r'[^A-Za-z0-9_.+-]', '_', tag)[:80]}_{zlib.crc32(os.fsencode(tag)):08x}")
-    commands = []
+    tag, commands = common_tag(tag), []
     if all(there.values()):
         number = sum(EXPORTED.fullmatch(name) is not None for name in os.listdir(real))
         commands += [["-m", "pytorch_fid", real, fake],
@@ -1166,7 +1170,7 @@ def report_evaluation(args, report, model, data, extractor, features, paths):
     """The evaluation's JSON, at each of the paths."""
     metrics, protocol = evaluate(args, model, data, extractor, features)
     for path in paths:
-        write_json(path, {"tag": report.tag, "metrics": metrics, "protocol": protocol | report.provenance})
+        write_json(path, {"tag": common_tag(report.tag), "metrics": metrics, "protocol": protocol | report.provenance})
     name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
     report.say(f"evaluation  {name} {metrics['fid']:.3f}, KID {kernel_text(metrics, 5)}, "
                + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
@@ -1252,10 +1256,13 @@ def export_and_measure(args, locks):
         eval_out = Path(args.eval_out or folder / f"evaluation_{tag}.json")
         writable_folder(eval_out.parent, "--eval_out")
         quality = writable_folder(Path(args.save_dir, QUALITY_DIR), "--save_dir")
-        evaluations = (eval_out, quality / f"evaluation_{tag}.json")
+        evaluations = [eval_out]
+        if eval_out.parent.resolve() != quality.resolve():    # where comparison.py finds it, once
+            evaluations.append(quality / f"evaluation_{tag}.json")
         for path in evaluations if not args.overwrite else ():
             require_same_protocol(path, samples | {
                 "images": N, "split": args.real_split, "content": sets[args.real_split].fingerprint, "dims": args.fid_dims,
+                "sha256": extractor.sha256,
                 "k": args.k, "nearest_k": args.nearest_k, "pca": str(args.pca_dim)})
     if args.nll and not args.overwrite:
         require_same_protocol(folder / f"nll{suffix}.json", {

@@ -26,6 +26,7 @@ import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -52,11 +53,11 @@ __all__ = [
     "in_processes",
     "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
     "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
-    "DATA_CACHE", "IMAGE_EXTENSIONS", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "relative_names",
-    "read_image", "decode_images", "png_is_whole", "save_png", "pyplot", "save_figure", "plain_text", "image_grid",
-    "generate_images", "read_manifest", "MemoryImages", "StreamedImages", "spread", "load_data",
+    "DATA_CACHE", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "relative_names",
+    "read_image", "decode_images", "png_is_whole", "save_png", "progress_bar", "pyplot", "save_figure", "plain_text",
+    "image_grid", "generate_images", "read_manifest", "MemoryImages", "StreamedImages", "spread", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "require_finite", "load_model", "LatentHealth",
-    "hub_file", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions", "extract_features",
+    "hub_file", "STAND_IN", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions", "extract_features",
     "mean_and_covariance", "frechet_distance", "cached_statistics",
 ]
 
@@ -207,6 +208,8 @@ def pick_device(name):
         raise UserError(f"--device {name}: MPS is not usable here; use --device cpu or leave the flag out")
     if device.type not in ("cuda", "mps", "cpu"):
         raise UserError(f"--device {name}: not supported; use auto, cuda, cuda:N, mps or cpu")
+    if device.type != "cuda" and device.index:
+        raise UserError(f"--device {name}: there is one {device.type} only")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)                     # what names no device, as a recorded CUDA graph, means this one
     if device.type == "cpu":
@@ -239,6 +242,8 @@ def join_processes(device_name):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(device_name)
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, and LOCAL_RANK is not: start several processes with torchrun, or unset WORLD_SIZE")
     device, local = pick_device(device_name), int(os.environ["LOCAL_RANK"])
     if device.type == "mps" or device.index is not None:
         raise UserError(f"--device {device_name}: several processes need cuda (a GPU each) or cpu")
@@ -1113,8 +1118,8 @@ def save_checkpoint(path, checkpoint):
             raise cause or e from None
 
 
-def read_checkpoint(path, device="cpu", resumable=False):
-    """The dict of a checkpoint file, loaded with weights_only=True, its weights those of its model_args.
+def read_checkpoint(path, resumable=False):
+    """The dict of a checkpoint file, loaded with weights_only=True to the CPU, its weights those of its model_args.
 
     It takes no more memory than the file has bytes, whatever the file says of its sizes: a checkpoint may come from
     anywhere. Raises UserError that says what is wrong with it and which of the files beside it is good: the furthest, with
@@ -1128,7 +1133,7 @@ def read_checkpoint(path, device="cpu", resumable=False):
         near = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
         raise UserError(f"{path}: no such checkpoint" + (f"; beside it lies {', '.join(near)}" if near else ""))
     try:
-        return _read_checkpoint(path, device)
+        return _read_checkpoint(path)
     except UserError as e:
         good = []
         for other in path.parent.glob("*.pth"):
@@ -1141,7 +1146,7 @@ def read_checkpoint(path, device="cpu", resumable=False):
                         ) from None
 
 
-def _read_checkpoint(path, device="cpu"):
+def _read_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as z:
             entries = z.infolist()
@@ -1153,8 +1158,8 @@ def _read_checkpoint(path, device="cpu"):
             damaged = z.testzip()                         # torch.load itself does not look at the checksums
         if damaged:
             raise UserError(f"{path}: damaged (checksum of {damaged})")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (UserError, OSError):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UserError, OSError, MemoryError):
         raise
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and plain values, refused; not a checkpoint of train.py") from None
@@ -1218,7 +1223,7 @@ def require_finite(state, path):
 
 def load_model(checkpoint_path, device, weights="ema"):
     """(model in eval mode on the device, checkpoint dict). weights: "ema" or "raw"; raw, said aloud, where EMA was off."""
-    checkpoint = read_checkpoint(checkpoint_path, device)
+    checkpoint = read_checkpoint(checkpoint_path)
     state = checkpoint["model"]
     if weights == "ema":
         if checkpoint["ema"] is None:
@@ -1288,9 +1293,12 @@ def hub_file(name):
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
+STAND_IN = "a stand-in of that name"
+
+
 def weights_title(name, digest):
     """How a report names a hub's weights file with this SHA-256, whose beginning the published file has in its name."""
-    return name if digest.startswith(Path(name).stem.rsplit("-", 1)[-1]) else f"{name}, a stand-in of that name"
+    return name if digest.startswith(Path(name).stem.rsplit("-", 1)[-1]) else f"{name}, {STAND_IN}"
 
 
 def load_hub_weights(name, without, build):
@@ -1309,10 +1317,12 @@ def load_hub_weights(name, without, build):
             print(f"note: {path} is a stand-in, not the published file of that name (SHA-256 {digest[:8]}...): numbers that "
                   f"depend on it compare with one another only", file=sys.stderr)
         return model, digest
-    except (URLError, TimeoutError, ConnectionError) as e:
-        raise UserError(f"the weights {name} are neither at {path} nor can they be downloaded ({e}); put the file "
-                        f"there, or {without}") from None
     except Exception as e:                                # a damaged pickle can raise anything
+        # (RuntimeError: torch.hub's, of a download that was cut short or is another file, and is deleted then.)
+        if isinstance(e, (URLError, HTTPException, TimeoutError, ConnectionError)) or (
+                isinstance(e, RuntimeError) and not path.is_file()):
+            raise UserError(f"the weights {name} are neither at {path} nor can they be downloaded ({str(e)[:120]}); put the "
+                            f"file there, or {without}") from None
         if not path.is_file() or (isinstance(e, OSError) and e.errno in ERRNO_HINTS):
             raise
         raise UserError(f"{path}: damaged, or not the weights of that name ({str(e)[:120]}); delete it so that it is "
@@ -1415,7 +1425,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         root = vectors * np.sqrt(values.clip(0))
     cross = np.linalg.eigvalsh(root.T @ np.asarray(sigma2, np.float64) @ root)
     difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
-    return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(cross.clip(0)).sum())
+    trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(cross.clip(0)).sum()
+    return float(difference @ difference + max(trace, 0))       # (of equal ones rounding makes it negative)
 
 
 def cached_statistics(folder, key, compute):

@@ -262,7 +262,7 @@ def test_axis_says_what_it_leaves_out():
 def test_box_figure_shows_quartiles_whiskers_and_every_outlier():
     values = np.exp(np.random.default_rng(0).normal(0, 1, 1000))
     samples = {"VAE": values, "real": values * 2}
-    fig = comparison.box_figure("lap_var", samples, Axis(samples, "auto"), (1, 99))
+    fig = comparison.box_figure("lap_var", samples, Axis(samples, "auto"), comparison.style_of(samples), (1, 99))
     ax = fig.axes[0]
     boxes = [p for p in ax.patches if p.get_width() > 0]
     for box, v in zip(boxes, samples.values()):
@@ -292,7 +292,7 @@ def test_difference_figure_shows_the_quantile_ratio_or_difference(zeros):
     x, y = sample(300, -0.5), sample(300, seed=1)
     y.loc[y.index < zeros, "lap_var"] = 0       # then the lowest percentiles have no ratio; of 2, only those of resamples
     result = compare(x[["lap_var"]].to_numpy(), y[["lap_var"]].to_numpy(), B=20)[0]
-    fig, ratio, relative = comparison.difference_figure("lap_var", ["m"], {"m": result}, 95)
+    fig, ratio, relative = comparison.difference_figure("lap_var", ["m"], {"m": result}, comparison.style_of("m"), 95)
     curve = fig.axes[0].lines[0].get_ydata()
     a, b = (np.sort(v["lap_var"])[3 * np.arange(1, 100) - 1] for v in (x, y))
     assert ratio == (not zeros) and relative and np.isfinite(fig.axes[0].collections[0].get_paths()[0].vertices).all()
@@ -316,7 +316,8 @@ def test_long_names_keep_both_ends_and_have_room():
     assert comparison.plain(*alike[:1]) == comparison.plain(*alike[1:])
     assert [t[-8:] for t in comparison.plain_names(["short", *alike])] == ["short", "_end (2)", "_end (3)"]
     x, y = sample(50)[["lap_var"]].to_numpy(), sample(50, seed=1)[["lap_var"]].to_numpy()
-    fig, *_ = comparison.difference_figure("lap_var", names, {n: compare(x, y, B=5)[0] for n in names}, 95)
+    fig, *_ = comparison.difference_figure("lap_var", names, {n: compare(x, y, B=5)[0] for n in names},
+                                           comparison.style_of(names), 95)
     fig.draw_without_rendering()
     labels = [t.get_window_extent() for t in fig.axes[1].get_yticklabels()]
     assert all(upper.y0 - lower.y1 > 24 for upper, lower in zip(labels, labels[1:]))            # pixels: two lines of text
@@ -440,6 +441,50 @@ def test_evaluations_alone_are_compared(tmp_path, script):
     assert pd.read_csv(tmp_path / "out" / "evaluation.csv").fid.tolist() == [2, 1]
     for text in (Page(tmp_path / "out" / "report.html").text, (tmp_path / "out" / "summary.md").read_text()):
         assert "Comparison of 2 variants" in text and "b, a" in text and "sharpness is not" in text and "Intervals" not in text
+    code, _, stderr = script(*flags[:-1], "b,c")
+    assert code == 0 and "--model_order names c, which has no evaluation; there are: b, a" in stderr
+
+
+def test_distances_that_are_no_published_fid_are_said(tmp_path, script):
+    """Of a stand-in for Inception, of other features, of few images."""
+    published = {"name": "pytorch-fid InceptionV3 (pt_inception-2015-12-05-6726825d.pth)", "dims": 2048}
+    many = {"real": {"images": 50000}, "fake": {"images": 50000}}
+    cases = {"good": {"features": published, **many}, "few": {"features": published, **many, "fake": {"images": 8}},
+             "stand_in": {"features": {**published, "name": f"InceptionV3 (x.pth, {utils.STAND_IN})"}, **many},
+             "other": {"features": {**published, "dims": 64}, **many}}
+    for tag, protocol in cases.items():
+        (tmp_path / tag).mkdir()
+        write_evaluation(tmp_path / tag, f"evaluation_{tag}.json", {"fid": 3.0}, protocol, tag=tag)
+        code, _, stderr = script("--cache_dir", tmp_path / tag, "--out_dir", tmp_path / "out")
+        assert code == 0
+        assert ("of 8 fake images, fewer than 2,048" in stderr) == (tag == "few")
+        assert ("no FID, and not comparable with published ones" in stderr) == (tag in ("stand_in", "other"))
+        row = pd.read_csv(tmp_path / "out/evaluation.csv").iloc[0]
+        assert row.get("fid", math.nan) == 3 or (row.frechet_distance == 3 and tag in ("stand_in", "other"))
+        heading = "FID ↓" if tag in ("good", "few") else "Fréchet distance ↓"
+        assert heading in Page(tmp_path / "out/report.html").text
+
+
+def test_seed_is_that_of_the_samples(tmp_path, script):
+    """PR_Calculate.py's own is of the subsets for KID."""
+    (tmp_path / "in").mkdir()
+    for tag, protocol in (("ours", {"seed": 1}), ("pr", {"seed": 0, "fake": {"folder": "f", "manifest": {"seed": 1}}}),
+                          ("foreign", {"seed": 0, "fake": {"folder": "f"}})):
+        write_evaluation(tmp_path / "in", f"evaluation_{tag}.json", {"fid": 3.0}, protocol, tag=tag)
+    assert script("--cache_dir", tmp_path / "in", "--out_dir", tmp_path / "out", "--model_order", "ours,pr,foreign")[0] == 0
+    assert pd.read_csv(tmp_path / "out/evaluation.csv").seed.fillna(-1).tolist() == [1, 1, -1]
+
+
+def test_a_variant_looks_the_same_in_every_figure(tmp_path, monkeypatch):
+    """Where another one lacks a metric too."""
+    write_caches(tmp_path / "in", a=sample(20).drop(columns="hf_ratio_ac"), b=sample(20), real=sample(20, seed=1))
+    seen, plain = {}, comparison.violin_figure
+    monkeypatch.setattr(comparison, "violin_figure", lambda metric, samples, axis, styles: seen.update(
+        {metric: (list(samples), styles["b"])}) or plain(metric, samples, axis, styles))
+    flags = ("--cache_dir", tmp_path / "in", "--out_dir", tmp_path / "out", "--dpi", 40, "--bootstrap", 5)
+    comparison.main(list(map(str, flags)))
+    assert seen["hf_ratio_ac"][0] == ["b", "real"] and seen["lap_var"][0] == ["a", "b", "real"]
+    assert len({style for _, style in seen.values()}) == 1
 
 
 def test_evaluations_with_different_protocols_are_not_comparable(tmp_path):
@@ -594,7 +639,7 @@ def test_a_name_that_the_usual_font_lacks_is_drawn_in_one_that_has_it(fonts, mis
 def test_difference_figure_has_the_intervals_that_were_asked_for():
     x, y = sample(300, -0.5), sample(300, seed=1)
     result = compare(x[["lap_var"]].to_numpy(), y[["lap_var"]].to_numpy(), B=50)[0]
-    fig, _, _ = comparison.difference_figure("lap_var", ["m"], {"m": result}, 80)
+    fig, _, _ = comparison.difference_figure("lap_var", ["m"], {"m": result}, comparison.style_of("m"), 80)
     left, right = fig.axes
     band = left.collections[0].get_paths()[0].vertices
     low, high = percentile_interval(result["percentiles"][1] / result["ref_percentiles"][1], 80)
@@ -613,7 +658,7 @@ def test_violin_figure_shows_each_density_where_it_lies_and_reals_over_it(scale)
     rng = np.random.default_rng(0)
     samples = {"VAE": np.exp(rng.normal(0, 0.3, 800)), "real": np.exp(rng.normal(1, 0.3, 800))}
     axis = Axis(samples, scale)
-    fig = comparison.violin_figure("lap_var", samples, axis)
+    fig = comparison.violin_figure("lap_var", samples, axis, comparison.style_of(samples))
     ax = fig.axes[0]
     bodies = [c.get_paths()[0].vertices for c in ax.collections if hasattr(c, "get_paths") and len(c.get_paths()) and
               len(c.get_paths()[0].vertices) > 100]
@@ -632,7 +677,7 @@ def test_violin_figure_shows_each_density_where_it_lies_and_reals_over_it(scale)
 
 def test_box_figure_marks_the_mean_and_the_whiskers_asked_for():
     values = np.exp(np.random.default_rng(0).normal(0, 1, 1000))
-    fig = comparison.box_figure("lap_var", {"a": values}, Axis({"a": values}, "linear"), (5, 90))
+    fig = comparison.box_figure("lap_var", {"a": values}, Axis({"a": values}, "linear"), comparison.style_of("a"), (5, 90))
     ax = fig.axes[0]
     assert ax.lines[0].get_xdata()[0] == pytest.approx(values.mean())
     ends = [s[0, 0] for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments() if s[0, 0] == s[1, 0]]

@@ -12,6 +12,7 @@ from conftest import write_images
 from PIL import Image, PngImagePlugin
 from scipy import ndimage
 
+import comparison
 import csv_analysis
 from csv_analysis import METRICS, analyse, decode_grey, sharpness, statistics, to_grey
 from utils import list_images, read_image, read_json, write_json
@@ -222,6 +223,17 @@ def test_unchanged_folder_reuses_the_cache(cached):
     after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
     assert after[out / "t_statistics.csv"][1] == before[out / "t_statistics.csv"][1]
     assert after[out / "cache_t.csv"] == before[out / "cache_t.csv"]
+
+
+def test_names_may_hold_whatever_ends_a_line_or_a_cell(tmp_path, script):
+    names = ["a\rb.png", "a\nb.png", 'a"b.png', "a,b.png", " a.png", "a\r\nb.png"]
+    folder = save_folder(tmp_path / "gen", some_images(len(names), 8, 8))
+    for path, name in zip(sorted(folder.iterdir()), names):
+        path.rename(folder / name)
+    for said in ("6 images", "up to date, 6 images"):
+        code, stdout, _ = script("--gen", folder, "--out_dir", tmp_path / "out", "--tag", "t")
+        assert code == 0 and said in stdout
+    assert len(comparison.read_cache(tmp_path / "out/cache_t.csv")) == 6
 
 
 def test_a_reused_cache_says_where_the_images_lie_now(cached, script):

@@ -1,8 +1,10 @@
 """Features and Fréchet distance in utils.py: agreement with pytorch-fid's command line and with closed forms."""
+import http.client
 import os
 import pickle
 import subprocess
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -224,6 +226,17 @@ def test_features_are_the_same_whoever_asks():
         assert features.tolist() == 3 * [[0.0, 1.0]] and torch.backends.cudnn.allow_tf32
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("error", [RuntimeError('invalid hash value (expected "397923af", got "0")'),
+                                   http.client.IncompleteRead(b""), URLError("no route"), ConnectionResetError("reset")])
+def test_a_broken_download_is_one_line(error, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def build():
+        raise error
+    with pytest.raises(UserError, match="vgg16-397923af.pth are neither at .* nor can they be downloaded .*, or do without"):
+        load_hub_weights("vgg16-397923af.pth", "do without", build)
 
 
 def test_cached_statistics_are_of_these_weights(fake_hub):
