@@ -350,7 +350,8 @@ class BiCrossAttnCoupling(nn.Module):
 
 
 class BiCrossAttnFlow(nn.Module):
-    """zK = f(z0), a stack of bi-directional cross-attention couplings; log|det dzK/dz0| = sum of all s.
+    """zK = f(z0), a stack of bi-directional cross-attention couplings; log|det dzK/dz0| = sum of all s. A new one is the
+    identity: the last layer's permutation undoes the others.
 
     With positions S > 1, z is a map of S positions with D / S channels each, and stays one: the permutations are of the
     channels, so that a half is half of the channels at every position, position after position. With T = S a token is a
