@@ -867,7 +867,8 @@ def test_error_reaches_the_shell_as_one_line_and_code_2(data, tmp_path):
 def test_second_stage_fits_the_prior_and_nothing_else(prior, data, monkeypatch, tmp_path):
     flags = [*data, "--sample_every", 0, "--no-tensorboard", "--warmup_epochs", 0, "--lr", 3e-3, "--beta_max", 1,
              "--free_bits", 0]
-    main(monkeypatch, tmp_path, *flags, "--epochs", 2, "--flow_length", 0, "--exp_name", "first")
+    main(monkeypatch, tmp_path, *flags, "--epochs", 10, "--beta_max", 1e-3, "--prior", "standard", "--flow_length", 0,
+         "--exp_name", "first")
     first = tmp_path / "results/first/last.pth"
     second = [*flags, *prior, "--epochs", 8, "--exp_name", "second"]
     main(monkeypatch, tmp_path, *second, "--fit_prior", first, "--stop_epoch", 4)
@@ -879,7 +880,7 @@ def test_second_stage_fits_the_prior_and_nothing_else(prior, data, monkeypatch, 
                 assert torch.equal(value, after[which][name]), name
     rows = history(tmp_path / "results/second")
     assert len(rows) == 8 and len({row["val_recon"] for row in rows}) == 1       # the decoder sees the same latents throughout
-    assert float(rows[-1]["val_kl_raw"]) < float(rows[0]["val_kl_raw"])
+    assert float(rows[-1]["kl_raw"]) < float(rows[0]["kl_raw"])    # (of held-out images it need not fall: there are 40 others)
     model, _ = load_model(tmp_path / "results/second/last.pth", "cpu")
     assert model.sample(3, generator=torch.Generator().manual_seed(0)).isfinite().all()
 
