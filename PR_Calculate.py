@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import (
+    FEW_IMAGES,
     FlagParser,
     InceptionFeatures,
     UserError,
@@ -58,7 +59,6 @@ __all__ = ["squared_distances", "manifold_metrics", "kernel_distance", "fit_pca"
 MANY_PAIRS = 1 << 19         # open pairs dealt with at a time; more than that in a block call for sharper bounds
 CACHE_BYTES = 1 << 20        # float64 differences that a core holds at a time: they stay in its cache
 TILE = 512                   # rows of a block that one core works on at a time
-FEW_IMAGES = 2048            # with fewer images than pool3 features the covariance behind the published FID is singular
 
 
 # ---------------------------------------------------------------------------------------------------------------------

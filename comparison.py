@@ -38,8 +38,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.ndimage import gaussian_filter1d
 from scipy.stats import skew
 
-from PR_Calculate import FEW_IMAGES
 from utils import (
+    FEW_IMAGES,
     STAND_IN,
     FlagParser,
     UserError,

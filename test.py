@@ -52,7 +52,6 @@ import torch
 from csv_analysis import safe_tag
 from models.vamp_flow import check_flow
 from PR_Calculate import (
-    FEW_IMAGES,
     check_neighbours,
     check_pca,
     fit_pca,
@@ -64,6 +63,7 @@ from PR_Calculate import (
 )
 from utils import (
     DATA_CACHE,
+    FEW_IMAGES,
     LATENT_BLOCK,
     LOCK,
     MANIFEST,

@@ -45,6 +45,7 @@ from models.vamp_flow import (
 )
 from utils import (
     DATA_CACHE,
+    FEW_IMAGES,
     LATENT_BLOCK,
     FlagParser,
     InceptionFeatures,
@@ -1684,7 +1685,7 @@ def train(stack):
         print("note: --fused_lpips needs LPIPS in the training, a CUDA GPU, bf16 and no --deterministic; going on without it")
     args.fused_lpips = fusible and args.fused_lpips is not False
     extractor = InceptionFeatures(device, args.fid_dims) if args.fid_every else None
-    if extractor and args.fid_samples < 2048:
+    if extractor and args.fid_samples < FEW_IMAGES:
         print(f"note: FID from {args.fid_samples} samples is far too high (its covariance has at most that rank); "
               f"compare it only with itself")
     data, held_out = load_data(args, device, Path(args.save_dir, DATA_CACHE) if args.data_cache else None)

@@ -57,8 +57,8 @@ __all__ = [
     "read_image", "decode_images", "png_is_whole", "save_png", "progress_bar", "pyplot", "save_figure", "plain_text",
     "image_grid", "generate_images", "read_manifest", "MemoryImages", "StreamedImages", "spread", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "require_finite", "load_model", "LatentHealth",
-    "hub_file", "STAND_IN", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions", "extract_features",
-    "mean_and_covariance", "frechet_distance", "cached_statistics",
+    "hub_file", "STAND_IN", "FEW_IMAGES", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions",
+    "extract_features", "mean_and_covariance", "frechet_distance", "cached_statistics",
 ]
 
 
@@ -1294,6 +1294,7 @@ def hub_file(name):
 
 
 STAND_IN = "a stand-in of that name"
+FEW_IMAGES = 2048            # with fewer images than pool3 features the covariance behind the published FID is singular
 
 
 def weights_title(name, digest):
