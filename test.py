@@ -76,6 +76,7 @@ from utils import (
     add_device_flag,
     check_saved_flags,
     cpu_count,
+    dead_note,
     exact_convolutions,
     frechet_distance,
     gather,
@@ -1292,6 +1293,9 @@ def export_and_measure(args, locks):
     report = Report(folder, log, tag, suffix, position, provenance)
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
     report.say(f"checkpoint  {args.resume} ({position}, SHA-256 {identity['checkpoint_sha256'][:12]})")
+    note = dead_note(model, checkpoint["args"], checkpoint["history"])
+    if note:
+        report.say(note)
     if sets:
         report.say(f"data        {checkpoint['args']['dataset']} in {args.data_dir}: {len(sets['train']):,} training and "
                    f"{len(sets['test']):,} held-out images, {'x'.join(map(str, sets['train'].shape))}")

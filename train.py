@@ -58,6 +58,7 @@ from utils import (
     atomic_write,
     cached_statistics,
     check_saved_flags,
+    dead_note,
     exact_convolutions,
     extract_features,
     frechet_distance,
@@ -1812,6 +1813,9 @@ def train(stack):
     left = [f"{what} in {folder / name}" for what, name, found in (("pictures", "samples", "samples/*.png"),
                                                                    ("curves", "curves.png", "curves.png"))
             if any(folder.glob(found))]
+    note = dead_note(model, vars(args), trainer.history)
+    if note:
+        print(note)
     print(f"done: {folder}" + (f" ({', '.join(left)})" if left else ""))
 
 

@@ -56,7 +56,7 @@ __all__ = [
     "DATA_CACHE", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "relative_names",
     "read_image", "decode_images", "png_is_whole", "save_png", "progress_bar", "pyplot", "save_figure", "plain_text",
     "image_grid", "generate_images", "read_manifest", "MemoryImages", "StreamedImages", "spread", "load_data",
-    "save_checkpoint", "read_checkpoint", "check_saved_flags", "require_finite", "load_model", "LatentHealth",
+    "save_checkpoint", "read_checkpoint", "check_saved_flags", "require_finite", "load_model", "LatentHealth", "dead_note",
     "hub_file", "STAND_IN", "FEW_IMAGES", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions",
     "extract_features", "mean_and_covariance", "frechet_distance", "cached_statistics",
 ]
@@ -1280,6 +1280,19 @@ class LatentHealth:
             "dead_components": int((r < 0.1 / len(r)).sum()),
             "mean_responsibility": r.tolist(),
         }
+
+
+def dead_note(model, args, history):
+    """A line for the screen if a fifth of the samples or more are of components into which no image is encoded, else None; from
+    the model, the flags and the history of its run (as the checkpoint has them, whatever wrote that)."""
+    dead = history[-1].get("dead_components") if history and isinstance(history[-1], dict) else None
+    if not isinstance(dead, int) or model.prior_logits is not None or dead < max(1, model.num_components / 5):
+        return None
+    ways = "--mixture_weights learned draws by use"
+    if model.prior == "vamp" and (args.get("pseudo_init") != "noise" or args.get("warmup_epochs")):
+        ways = f"--pseudo_init noise --warmup_epochs 0 keeps more of them alive, {ways}"
+    return (f"note: {dead} of {model.num_components} components are dead, no image being encoded into them, and samples are "
+            f"drawn from these as from the others; {ways} (README.md, Results)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

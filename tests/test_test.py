@@ -224,6 +224,14 @@ def test_weights_temperature_and_reconstructions(checkpoint, data, monkeypatch, 
     assert (manifest["kind"], manifest["split"], manifest["count"]) == ("reconstructions", "test", 20)
 
 
+def test_samples_of_dead_components_are_said(checkpoint, data, monkeypatch, tmp_path, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    for dead in (0, 4):
+        save_checkpoint(checkpoint, {**saved, "history": [{"dead_components": dead}]})
+        export(monkeypatch, tmp_path, checkpoint, "--fake_dirname", f"fake{dead}")
+        assert ("note: 4 of 5 components are dead" in capsys.readouterr().out) == (dead == 4)
+
+
 def test_reconstructions_without_the_flow(checkpoint, data, monkeypatch, tmp_path):
     flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--do_recon", "True", "--recon_split", "test"]
     main(monkeypatch, tmp_path, checkpoint, *flags, "--recon_dirname", "used")

@@ -265,6 +265,12 @@ def test_fid_is_measured_every_so_many_epochs_and_at_the_end(data, monkeypatch, 
     assert [bool(row["fid"]) for row in history(tmp_path / "results/CrossVampVAE")] == [False, True, False, True, True]
 
 
+def test_a_run_says_at_its_end_that_components_are_dead(data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(CrossFlowVampVAE, "init_prior", lambda model, _: model.prior_mu[1:].add_(100))
+    main(monkeypatch, tmp_path, *data, "--prior", "mog", "--epochs", 1, "--sample_every", 0, "--no-tensorboard")
+    assert "note: 4 of 5 components are dead" in capsys.readouterr().out.splitlines()[-2]
+
+
 @pytest.mark.parametrize("bf16", [True, False], ids=["CPU with bf16", "CPU without"])
 def test_lpips_is_part_of_the_loss_and_not_of_the_checkpoint(bf16, data, monkeypatch, tmp_path, fake_hub, capsys):
     import lpips

@@ -137,6 +137,21 @@ def test_pseudo_inputs_start_at_training_images_or_at_noise():
     assert trainer.model.pseudo_inputs.std().item() == pytest.approx(0.2, rel=0.2)
 
 
+@pytest.mark.parametrize("flags, dead, found", [
+    ((), 0, None), ((), 1, "--pseudo_init noise --warmup_epochs 0 "), ((), "4", None), ((), None, None),
+    (("--pseudo_init", "noise"), 1, "--pseudo_init noise --warmup_epochs 0 "),
+    (("--pseudo_init", "noise", "--warmup_epochs", 0), 1, "the others; --mixture_weights learned"),
+    (("--prior", "mog"), 5, "the others; --mixture_weights learned"), (("--mixture_weights", "learned"), 5, None),
+    (("--num_components", 16), 3, None), (("--num_components", 16), 4, "4 of 16"),
+    (("--prior", "standard", "--flow_length", 0), 0, None)])
+def test_samples_of_dead_components_are_said(flags, dead, found):
+    trainer = make_trainer(*flags)
+    row = {} if dead is None else {"dead_components": dead}
+    note = utils.dead_note(trainer.model, vars(trainer.args), [{"dead_components": 5}, row])
+    assert note is None if found is None else found in note
+    assert utils.dead_note(trainer.model, {}, []) is None
+
+
 def test_held_out_loss_is_of_the_averaged_weights_with_all_of_beta_and_the_same_noise_in_every_run():
     trainer = make_trainer("--warmup_epochs", 10, "--epochs", 20, "--free_bits", 0.1, "--eval_batch_size", 3, "--beta_max", 0.7,
                            "--seed", 5)
