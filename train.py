@@ -196,7 +196,9 @@ def build_parser():
     group.add_argument("--blocks_per_stage", type=int, default=1, help="ResBlocks at each stage")
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="vamp: learned pseudo-inputs; mog: free mixture")
     group.add_argument("--num_components", type=int, default=100, help="K, for vamp and mog")
-    group.add_argument("--pseudo_init", choices=("data", "noise"), default="data", help="where the components start")
+    group.add_argument("--pseudo_init", choices=("data", "noise"), default="data",
+                       help="where the components start; vamp keeps more of them alive on real images from noise, and with "
+                            "--warmup_epochs 0")
     group.add_argument("--pseudo_noise", type=float, default=0.05, help="std of the noise added to data, pixels in [-1, 1]")
     group.add_argument("--flow_length", type=int, default=8, help="coupling layers, 0 = no flow")
     group.add_argument("--flow_seq_len", type=int, default=8,
@@ -1771,7 +1773,7 @@ def train(stack):
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
 
     # -- the epochs -----------------------------------------------------------------------------------------------
-    last_epoch = args.stop_epoch or args.epochs
+    last_epoch, warned = args.stop_epoch or args.epochs, False
     while trainer.epoch < last_epoch:
         trained = train_epoch(trainer, training_set, amp, stop)
         if trained is None:
@@ -1799,6 +1801,10 @@ def train(stack):
             write_epoch(trainer, row, held_out, log, writer)
         if args.check_every and trainer.epoch % args.check_every == 0:
             self_check(model)
+        note = dead_note(model, vars(args), trainer.history)
+        if note and not warned and trainer.epoch >= args.warmup_epochs:
+            print(note)
+            warned = True
         if stop.agreed():
             break
     if writer:
@@ -1814,7 +1820,7 @@ def train(stack):
                                                                    ("curves", "curves.png", "curves.png"))
             if any(folder.glob(found))]
     note = dead_note(model, vars(args), trainer.history)
-    if note:
+    if note and trainer.epoch > 1:                        # after one epoch it was said just now
         print(note)
     print(f"done: {folder}" + (f" ({', '.join(left)})" if left else ""))
 

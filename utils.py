@@ -1283,10 +1283,10 @@ class LatentHealth:
 
 
 def dead_note(model, args, history):
-    """A line for the screen if a fifth of the samples or more are of components into which no image is encoded, else None; from
+    """A line for the screen if half of the samples or more are of components into which no image is encoded, else None; from
     the model, the flags and the history of its run (as the checkpoint has them, whatever wrote that)."""
     dead = history[-1].get("dead_components") if history and isinstance(history[-1], dict) else None
-    if not isinstance(dead, int) or model.prior_logits is not None or dead < max(1, model.num_components / 5):
+    if not isinstance(dead, int) or model.prior_logits is not None or dead < max(1, model.num_components / 2):
         return None
     ways = "--mixture_weights learned draws by use"
     if model.prior == "vamp" and (args.get("pseudo_init") != "noise" or args.get("warmup_epochs")):
