@@ -148,7 +148,7 @@ def build_parser():
     group.add_argument("--preset", choices=PRESETS, default=None,
                        help="best: a prior that keeps its components and a network that learns faster, at less cost; "
                             "gmm: with --fit_prior, Gaussians of full covariance as the prior of a finished model; "
-                            "gmm_flow: the same with a flow before them, fewer nats but no nearer samples; other flags "
+                            "gmm_flow: the same with a flow before them, fewer nats but samples hardly nearer; other flags "
                             "still apply (README.md, Results)")
     group.add_argument("--exp_name", default="CrossVampVAE", help="the run's folder under save_dir")
     group.add_argument("--save_dir", default="./results", help="where runs are kept")
