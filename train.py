@@ -1389,22 +1389,28 @@ def evaluate_fid(trainer, extractor, data, stop):
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
+def rows_in_turn(above, below, columns):
+    """Rows of the one, each above the same row of the other, the last ones filled up with white: (N, C, H, W) twice -> the
+    images of an image_grid with so many columns."""
+    rows = [row for pair in zip(above.split(columns), below.split(columns)) for row in pair]
+    return torch.cat([torch.cat([r, r.new_full((columns - len(r), *r.shape[1:]), 255)]) for r in rows])
+
+
 @torch.no_grad()
 def save_images(trainer, held_out, writer):
-    """samples/: images of the prior, reconstructions below their originals, pseudo-inputs (mog: decoded means)."""
+    """samples/: images of the prior; reconstructions below their originals; what the means of the prior's components decode to,
+    for a VampPrior below their pseudo-inputs."""
     args, model = trainer.args, trainer.best_weights
     folder = trainer.folder / "samples"
     folder.mkdir(exist_ok=True)
     grids = {"samples": (to_uint8(model.sample(args.grid_images, generator=seeded("cpu", args.seed, "grid"))), 8)}
     chosen = spread(32, len(held_out)).tolist()
-    n, originals = len(chosen), held_out.take(chosen).to(trainer.device)
-    decoded = to_uint8(model.reconstruct(to_float(originals)))
-    rows = [x for i in range(0, n, 8) for x in (originals[i:i + 8], decoded[i:i + 8])]
-    grids["recon"] = torch.cat([torch.cat([r, r.new_full((8 - len(r), *r.shape[1:]), 255)]) for r in rows]), 8
-    if args.prior == "vamp":
-        grids["pseudo"] = to_uint8(model.pseudo_inputs[:100]), 10
-    elif args.prior == "mog":
-        grids["pseudo"] = to_uint8(model.decode(model.from_mixture(model.prior_params()[0][:100]))), 10
+    originals = held_out.take(chosen).to(trainer.device)
+    grids["recon"] = rows_in_turn(originals, to_uint8(model.reconstruct(to_float(originals))), 8), 8
+    if args.prior != "standard":
+        means = to_uint8(model.decode(model.from_mixture(model.prior_params()[0][:50 if args.prior == "vamp" else 100])))
+        above = to_uint8(model.pseudo_inputs[:50]) if args.prior == "vamp" else None
+        grids["pseudo"] = means if above is None else rows_in_turn(above, means, 10), 10
     for name, (images, columns) in grids.items():
         grid = image_grid(images.cpu(), columns)
         save_png(folder / f"{name}_{trainer.epoch:04d}.png", grid, zoom=max(1, 64 // args.img_size))

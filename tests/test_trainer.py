@@ -195,7 +195,11 @@ def test_pictures_are_of_the_averaged_weights(monkeypatch, tmp_path):
     recon = to_uint8(trainer.ema.reconstruct(to_float(held_out.images)))
     assert torch.equal(saved["samples_0000.png"], image_grid(samples, 8))
     assert torch.equal(saved["recon_0000.png"], image_grid(torch.cat([held_out.images, recon]), 8))
-    assert torch.equal(saved["pseudo_0000.png"], image_grid(to_uint8(trainer.ema.pseudo_inputs), 10))
+    with torch.no_grad():
+        means = to_uint8(trainer.ema.decode(trainer.ema.prior_params()[0]))
+    white = torch.full_like(means, 255)
+    pictures = torch.cat([to_uint8(trainer.ema.pseudo_inputs), white, means, white])               # five of ten in a row
+    assert torch.equal(saved["pseudo_0000.png"], image_grid(pictures, 10))
 
 
 def test_curves_show_the_columns_they_name(monkeypatch, tmp_path):

@@ -550,11 +550,11 @@ def save_pictures(out, records):
             samples.append((label, sheet(out / "images" / name / "samples", 1)))
         pictures = sorted((out / "runs" / name / "samples").glob("pseudo_*.png"))
         if pictures:
-            decoded = read_json(out / "runs" / name / "args.json")["prior"] == "mog"
-            pseudo.append((f"{label}{', decoded means' * decoded}", read_image(pictures[-1])))
+            pseudo.append((label, read_image(pictures[-1])))
     written = []
+    means = "Pseudo-inputs, below each row the decoded means of their components (mog: decoded means alone)"
     for file, title, panels in (("samples.png", f"The first {PICTURED} samples of each variant", samples),
-                                ("pseudo.png", "Pseudo-inputs, the first 100 of each variant", pseudo)):
+                                ("pseudo.png", means, pseudo)):
         if panels:
             save_panels(out / file, title, panels)
             written.append(file)
