@@ -1779,7 +1779,7 @@ def train(stack):
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
 
     # -- the epochs -----------------------------------------------------------------------------------------------
-    last_epoch, warned = args.stop_epoch or args.epochs, False
+    last_epoch, warned_at = args.stop_epoch or args.epochs, 0
     while trainer.epoch < last_epoch:
         trained = train_epoch(trainer, training_set, amp, stop)
         if trained is None:
@@ -1808,9 +1808,9 @@ def train(stack):
         if args.check_every and trainer.epoch % args.check_every == 0:
             self_check(model)
         note = dead_note(model, vars(args), trainer.history)
-        if note and not warned and trainer.epoch >= args.warmup_epochs:
+        if note and not warned_at and trainer.epoch >= args.warmup_epochs:
             print(note)
-            warned = True
+            warned_at = trainer.epoch
         if stop.agreed():
             break
     if writer:
@@ -1826,7 +1826,7 @@ def train(stack):
                                                                    ("curves", "curves.png", "curves.png"))
             if any(folder.glob(found))]
     note = dead_note(model, vars(args), trainer.history)
-    if note and trainer.epoch > 1:                        # after one epoch it was said just now
+    if note and warned_at != trainer.epoch:               # else it was said just now
         print(note)
     print(f"done: {folder}" + (f" ({', '.join(left)})" if left else ""))
 
