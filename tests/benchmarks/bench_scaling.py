@@ -181,7 +181,7 @@ def main():
     flags.in_channels, flags.flip = 3, True
     device = pick_device(args.device)
     if args.lines:
-        lines = [json.loads(line) for line in Path(args.lines).read_text().splitlines()]
+        lines = [json.loads(line) for line in Path(args.lines).read_text().splitlines() if line.strip()]
     else:
         lines = sum((measure(panel, args, flags, device) for panel in args.panels), [])
     if args.plot:
