@@ -83,6 +83,7 @@ MAY_DIFFER = re.compile(r"checkpoint|training|lpips|folder|path|content|manifest
 SAME_REAL = re.compile(r"^real\.(content|split|pixels)$")
 # What all files of one tag must have been made with, where they say so.
 OF_MODEL = ("checkpoint_sha256", "weights", "temperature")
+OF_TAG = (*OF_MODEL, "kind")                                 # samples, reconstructions
 # Of the manifest of an export, what the report shows.
 MADE_BY = ("kind", "split", "checkpoint_sha256", "weights", "seed", "temperature", "latent")
 
@@ -336,7 +337,7 @@ def differing(protocols, must_agree=lambda key: True):
 def one_way_to_say_it(protocol):
     """A flat protocol of PR_Calculate.py, with what it knows from manifests under the names that test.py has for it too."""
     names = {"real.manifest.split": "real.split", "real.manifest.data": "real.content",
-             **{f"fake.manifest.{name}": name for name in OF_MODEL}, "fake.temperature": "temperature"}
+             **{f"fake.manifest.{name}": name for name in OF_TAG}, "fake.temperature": "temperature"}
     return {**{names[key]: text for key, text in protocol.items() if key in names}, **protocol}
 
 
@@ -346,12 +347,14 @@ def mixed_models(protocols, evaluations):
     for tag, protocol in protocols.items():
         made.setdefault(tag, {})[f"cache_{tag}.csv"] = flatten((protocol or {}).get("made_by", {}))
     for e in evaluations:
-        made.setdefault(e["tag"], {})[e["file"]] = one_way_to_say_it(e["protocol"])
+        kind = {"kind": "samples"} if "checkpoint_sha256" in e["protocol"] else {}              # test.py measures no others
+        made.setdefault(e["tag"], {})[e["file"]] = kind | one_way_to_say_it(e["protocol"])
     warnings = []
     for tag, files in made.items():
         if tag != REFERENCE:
-            for key, stated in differing(files, OF_MODEL.__contains__).items():
-                texts = "; ".join(f"{text[:12]} in {', '.join(where)}" for text, where in stated.items())
+            for key, stated in differing(files, OF_TAG.__contains__).items():
+                short = 12 if key == "checkpoint_sha256" else None
+                texts = "; ".join(f"{text[:short]} in {', '.join(where)}" for text, where in stated.items())
                 warnings.append(f"{tag}: its files are not of one model and one way of sampling it, {key} differs: {texts}")
     return warnings
 

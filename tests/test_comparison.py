@@ -536,7 +536,7 @@ def test_files_of_different_models_under_one_tag_are_said(tmp_path, script):
                                                                            "fake": {"temperature": temperature}, "seed": 0})
         write_evaluation(folder, f"pr_{name}.json", {"fid": 1.0},
                          {"fake": {"manifest": {"checkpoint_sha256": "abc" * 20, "weights": "ema",
-                                                "temperature": temperature}}})
+                                                "temperature": temperature, "kind": "samples"}}})
     _, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
     assert "not of one model" not in stderr
     write_evaluation(folder, "evaluation_a.json", {"fid": 1.0}, {"checkpoint_sha256": "d" * 60, "weights": "raw"})
@@ -544,6 +544,10 @@ def test_files_of_different_models_under_one_tag_are_said(tmp_path, script):
     said = [line for line in stderr.splitlines() if "not of one model" in line]
     assert len(said) == 2 and all(line.startswith("warning: a: ") for line in said)
     assert "checkpoint_sha256 differs: abcabcabcabc in cache_a.csv, pr_a.json; dddddddddddd in evaluation_a.json" in said[0]
+    write_evaluation(folder, "pr_b.json", {"fid": 1.0}, {"fake": {"manifest": {"kind": "reconstructions"}}})
+    _, _, stderr = script("--cache_dir", folder, "--out_dir", tmp_path / "out", "--bootstrap", 0, "--dpi", 40)
+    assert ("warning: b: its files are not of one model and one way of sampling it, kind differs: samples in cache_b.csv, "
+            "evaluation_b.json; reconstructions in pr_b.json") in stderr
 
 
 def test_only_the_published_features_make_a_fid(tmp_path, script):
