@@ -1409,8 +1409,7 @@ def save_images(trainer, held_out, writer):
     grids["recon"] = rows_in_turn(originals, to_uint8(model.reconstruct(to_float(originals))), 8), 8
     if args.prior != "standard":
         means = to_uint8(model.decode(model.from_mixture(model.prior_params()[0][:50 if args.prior == "vamp" else 100])))
-        above = to_uint8(model.pseudo_inputs[:50]) if args.prior == "vamp" else None
-        grids["pseudo"] = means if above is None else rows_in_turn(above, means, 10), 10
+        grids["pseudo"] = (rows_in_turn(to_uint8(model.pseudo_inputs[:50]), means, 10) if args.prior == "vamp" else means), 10
     for name, (images, columns) in grids.items():
         grid = image_grid(images.cpu(), columns)
         save_png(folder / f"{name}_{trainer.epoch:04d}.png", grid, zoom=max(1, 64 // args.img_size))
