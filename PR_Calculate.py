@@ -40,6 +40,7 @@ from utils import (
     decode_images,
     extract_features,
     frechet_distance,
+    is_fid,
     list_images,
     load_hub_weights,
     mean_and_covariance,
@@ -48,6 +49,7 @@ from utils import (
     read_arrays,
     read_image,
     read_manifest,
+    require_same_protocol,
     run,
     weights_title,
     writable_folder,
@@ -582,6 +584,11 @@ def kernel_protocol(width, N, M):
     return f"polynomial kernel (x.y/{width} + 1)^3, unbiased, before PCA, {which}"
 
 
+def pca_protocol(dims, kept):
+    """What is done to the features before the manifold metrics, in words."""
+    return f"{dims} dimensions fitted on the real features, no whitening, {kept:.2%} of the variance kept" if dims else "none"
+
+
 def kernel_text(metrics, digits):
     """KID as a text, with its deviation if it has one."""
     deviation = f" ± {metrics['kid_std']:.{digits}f}" if math.isfinite(metrics["kid_std"]) else ""
@@ -766,6 +773,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("output")
     group.add_argument("--out", default=None, metavar="FILE.json", help="write the metrics and their protocol here")
+    group.add_argument("--overwrite", action="store_true", help="replace an --out of other images or another protocol")
     group.add_argument("--tag", default=None, help="name of the variant in the output (default: the fake folder's name)")
     args = parser.parse_args(argv)
 
@@ -800,12 +808,11 @@ def evaluate(args, device, extractor, real, fake, progress=False):
 
     fid = frechet_distance(*mean_and_covariance(real_features), *mean_and_covariance(fake_features))
     kid, kid_std = kernel_distance(real_features, fake_features, seed=args.seed, device=device)
-    pca = "none"
+    kept = None
     if args.pca_dim:
         mu, components, kept = fit_pca(real_features, args.pca_dim)
         table = project(table, mu, components)                # before the rows are copied out: duplicates stay equal
         real_features, fake_features = table[real_rows], table[fake_rows]
-        pca = f"{args.pca_dim} dimensions fitted on the real features, no whitening, {kept:.2%} of the variance kept"
     metrics = {"fid": fid, "kid": kid, "kid_std": kid_std}
     metrics |= manifold_metrics(real_features, fake_features, args.k, args.nearest_k, device, args.chunk or None, progress)
     protocol = sides | {
@@ -814,7 +821,7 @@ def evaluate(args, device, extractor, real, fake, progress=False):
         "kid": kernel_protocol(extractor.dims, len(real_rows), len(fake_rows)),
         "k": args.k,
         "nearest_k": args.nearest_k,
-        "pca": pca,
+        "pca": pca_protocol(args.pca_dim, kept),
         "seed": args.seed,
         "device": str(device),
         "versions": {"python": platform.python_version(), "numpy": np.__version__}
@@ -826,7 +833,7 @@ def evaluate(args, device, extractor, real, fake, progress=False):
 def show(tag, metrics, protocol):
     """The table on the screen: every number with what it rests on."""
     real, fake, features = protocol["real"], protocol["fake"], protocol["features"]
-    fid = "FID" if features["dims"] == 2048 else "Fréchet distance"
+    fid = "FID" if is_fid(features["name"], features["dims"]) else "Fréchet distance"
     print(f"\n{tag}: {fake['images']:,} generated images against {real['images']:,} real ones")
     lines = [(fid, f"{metrics['fid']:.4f}", "" if fid == "FID" else "not comparable with the published FID"),
              ("KID", f"{metrics['kid']:.6f}", f"± {metrics['kid_std']:.6f} between subsets"
@@ -869,6 +876,11 @@ def main():
                   for (folder, flag), paths in zip(folders, listed)]
     check_neighbours(args.k, args.nearest_k, len(real.paths), len(fake.paths))          # again, without the corrupt
     check_pca(args.pca_dim, len(real.paths), extractor.dims)
+    if args.out is not None and not args.overwrite:
+        sides = {f"{name}.pixels": describe_folder(side)["pixels"] for name, side in (("fake", fake), ("real", real))}
+        require_same_protocol(out, {
+            **sides, "features.dims": extractor.dims, "features.sha256": extractor.sha256, "k": args.k,
+            "nearest_k": args.nearest_k, "pca": str(args.pca_dim), "seed": args.seed}, "another --out")
     for survey, flag in zip((real, fake), ("--real_dir", "--fake_dir")):
         if survey.skipped:
             print(f"warning: {flag}: {survey.skipped} corrupt images left out", file=sys.stderr)

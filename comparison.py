@@ -40,11 +40,11 @@ from scipy.stats import skew
 
 from utils import (
     FEW_IMAGES,
-    STAND_IN,
     FlagParser,
     UserError,
     atomic_write_all,
     cpu_count,
+    is_fid,
     plain_text,
     progress_bar,
     pyplot,
@@ -664,16 +664,16 @@ def metric_tables(rows):
     return tables
 
 
-def is_fid(evaluation):
-    """Of the published Inception's 2048 features? An evaluation that does not state its features is taken at its word."""
+def gives_fid(evaluation):
+    """Is its Fréchet distance a FID? An evaluation that does not state its features is taken at its word."""
     protocol = evaluation["protocol"]
-    return protocol.get("features.dims", "2048") == "2048" and STAND_IN not in protocol.get("features.name", "")
+    return is_fid(protocol.get("features.name", ""), protocol.get("features.dims", "2048"))
 
 
 def evaluation_table(evaluations):
     columns = [c for c in EVALUATION if any(c in e["metrics"] for e in evaluations)]
     titles = {c: EVALUATION[c][0] for c in columns}
-    if not all(is_fid(e) for e in evaluations if "fid" in e["metrics"]):
+    if not all(gives_fid(e) for e in evaluations if "fid" in e["metrics"]):
         titles["fid"] = "Fréchet distance"
     header = ["variant", *(f"{titles[c]} {EVALUATION[c][1]}" for c in columns), "file"]
     cells = []
@@ -694,7 +694,7 @@ PROTOCOL_COLUMNS = {"real.images": "real_images", "fake.images": "fake_images", 
 def evaluation_record(e):
     """A row of evaluation.csv: a Fréchet distance of other features than FID's has a column of its own."""
     metrics, protocol = {c: e["metrics"].get(c) for c in [*EVALUATION, "kid_std"]}, one_way_to_say_it(e["protocol"])
-    if not is_fid(e):
+    if not gives_fid(e):
         metrics = {"frechet_distance": metrics["fid"], **metrics, "fid": None}
     # Of samples; what PR_Calculate.py calls seed is that of KID's subsets.
     seed = protocol.get("fake.manifest.seed", None if "fake.folder" in protocol else protocol.get("seed"))
@@ -907,8 +907,11 @@ def protocol_warnings(evaluations):
     for key, stated in differing(said, evaluation_key_matters).items():
         texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
         warnings.append(f"The rows below are not comparable, {key} differs: {texts}")
+    for key, stated in differing(said, ("temperature", "weights").__contains__).items():
+        texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
+        warnings.append(f"The samples of the rows below were not drawn alike, {key} differs: {texts}")
     for e in evaluations:
-        if "fid" in e["metrics"] and not is_fid(e):
+        if "fid" in e["metrics"] and not gives_fid(e):
             dims, name = (e["protocol"].get(f"features.{key}", "?") for key in ("dims", "name"))
             warnings.append(f"{e['file']}: its Fréchet distance is of {dims} features of {name}, not of the published "
                             f"Inception's 2048: no FID, and not comparable with published ones")
@@ -1012,8 +1015,10 @@ def main(argv=None):
         print("warning: " + " ".join(w.split()), file=sys.stderr)
 
     results = analyse(tables, args)
-    variants = list(tables) or list(dict.fromkeys(e["tag"] for e in evaluations))
-    heading = f"Comparison of {len(variants)} variant{'s' if len(variants) > 1 else ''}"
+    variants = list(dict.fromkeys([*tables, *(e["tag"] for e in evaluations)]))
+    counted = len(set(variants) - {REFERENCE})
+    counted = f"{counted} variant{'s' if counted != 1 else ''}"
+    heading = f"Comparison of {counted}"
     sections = [f"<p>{html.escape(', '.join(variants))}</p>", html_warnings(warnings)]
     md = [f"# {heading}", markdown(", ".join(variants)), *(f"**{markdown(w)}**" for w in warnings)]
     files, records = {}, []
@@ -1039,7 +1044,7 @@ def main(argv=None):
     write_report(out, files)
 
     sizes = Counter(Path(name).suffix[1:] for name in files)
-    print(f"{out / 'report.html'}: {len(variants)} variants, {len(results)} metrics, {sizes['png']} figures")
+    print(f"{out / 'report.html'}: {counted}, {len(results)} metrics, {sizes['png']} figures")
 
 
 if __name__ == "__main__":

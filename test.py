@@ -59,6 +59,7 @@ from PR_Calculate import (
     kernel_protocol,
     kernel_text,
     manifold_metrics,
+    pca_protocol,
     project,
 )
 from utils import (
@@ -74,6 +75,7 @@ from utils import (
     UserError,
     add_data_flags,
     add_device_flag,
+    brief,
     check_saved_flags,
     cpu_count,
     dead_note,
@@ -82,6 +84,7 @@ from utils import (
     gather,
     generate_images,
     image_grid,
+    is_fid,
     is_main,
     join_processes,
     load_data,
@@ -93,6 +96,7 @@ from utils import (
     progress_bar,
     pyplot,
     read_json,
+    require_same_protocol,
     run,
     save_figure,
     save_png,
@@ -326,11 +330,6 @@ def plan_export(export, overwrite):
                 f"also holds {beyond[0]}, which is none of its {count} images")
         raise UserError(f"{flag}: the export in {folder} {what}; {way_out}")
     return next((i for i in range(done) if not is_whole(folder / image_name(i, count))), done)
-
-
-def brief(value):
-    """A manifest's value for a message: hashes shortened."""
-    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else value
 
 
 def delete_export(folder):
@@ -770,11 +769,10 @@ def evaluate(args, model, data, extractor, features):
     if "bypassed" in reconstructed:
         metrics["fid_flow_bypassed"] = frechet_distance(*statistics, *reconstructed["bypassed"])
     metrics["fid_prior_gap"] = metrics["fid"] - metrics["fid_reconstructed"] if how != PAIRED else None
-    pca = "none"
+    kept = None
     if args.pca_dim:
         mu, components, kept = fit_pca(real, args.pca_dim)
         real, fake = (project_equally(x, mu, components) for x in (real, fake))
-        pca = f"{args.pca_dim} dimensions fitted on the real features, no whitening, {kept:.2%} of the variance kept"
     metrics |= manifold_metrics(real, fake, args.k, args.nearest_k, device, progress=True)
     size = f"{model.img_size}x{model.img_size}"
     protocol = {
@@ -786,7 +784,7 @@ def evaluate(args, model, data, extractor, features):
         "features": {"name": extractor.name, "sha256": extractor.sha256, "dims": extractor.dims},
         "fid": "on all features, before PCA, float64",
         "kid": kernel_protocol(extractor.dims, n, n),
-        "k": args.k, "nearest_k": args.nearest_k, "pca": pca,
+        "k": args.k, "nearest_k": args.nearest_k, "pca": pca_protocol(args.pca_dim, kept),
     }
     return metrics, protocol
 
@@ -1087,22 +1085,6 @@ def next_commands(args, tag, device, real_images, samples):
     return [shlex.join(["python", *map(str, c)]) for c in commands]
 
 
-def require_same_protocol(path, wanted):
-    """Raise UserError if the numbers at `path` are of another model, other samples or fewer images, say, than `wanted`:
-    entries of their protocol, or of a part of it."""
-    if not path.is_file():
-        return
-    protocol = read_json(path).get("protocol")
-    found = dict(protocol) if isinstance(protocol, dict) else {}
-    for part in ("reconstructed", "features", "fake", "real"):
-        found.update(found[part] if isinstance(found.get(part), dict) else {})
-    found["pca"] = str(found.get("pca")).partition(" ")[0].replace("none", "0")
-    differs = [f"{k} ({brief(found.get(k))}, not {brief(v)})" for k, v in wanted.items() if found.get(k) != v]
-    if differs:
-        raise UserError(f"{path} was measured with another {', '.join(differs)}; another --tag keeps both, --overwrite "
-                        f"replaces it")
-
-
 def open_data(args, checkpoint, model, device):
     """{"train": ..., "test": ...} of the checkpoint's data set, wherever it lies now, and a warning if it is not the one that
     the model was trained on. Without --allow_other_data that is a UserError."""
@@ -1172,7 +1154,8 @@ def report_evaluation(args, report, model, data, extractor, features, paths):
     metrics, protocol = evaluate(args, model, data, extractor, features)
     for path in paths:
         write_json(path, {"tag": common_tag(report.tag), "metrics": metrics, "protocol": protocol | report.provenance})
-    name = "FID" if args.fid_dims == 2048 else f"Fréchet distance on {args.fid_dims} features"
+    of = protocol["features"]
+    name = "FID" if is_fid(of["name"], of["dims"]) else f"Fréchet distance on {of['dims']} features of {of['name']}"
     report.say(f"evaluation  {name} {metrics['fid']:.3f}, KID {kernel_text(metrics, 5)}, "
                + ", ".join(f"{m} {metrics[m]:.4f}" for m in ("precision", "recall", "density", "coverage")))
     bypassed = f", flow bypassed {metrics['fid_flow_bypassed']:.3f}" if "fid_flow_bypassed" in metrics else ""
@@ -1261,18 +1244,20 @@ def export_and_measure(args, locks):
         if eval_out.parent.resolve() != quality.resolve():    # where comparison.py finds it, once
             evaluations.append(quality / f"evaluation_{tag}.json")
         for path in evaluations if not args.overwrite else ():
-            require_same_protocol(path, samples | {
-                "images": N, "split": args.real_split, "content": sets[args.real_split].fingerprint, "dims": args.fid_dims,
-                "sha256": extractor.sha256,
-                "k": args.k, "nearest_k": args.nearest_k, "pca": str(args.pca_dim)})
+            require_same_protocol(path, {
+                **identity, "seed": args.seed, "fake.temperature": args.temperature, "real.images": N,
+                "real.split": args.real_split, "real.content": sets[args.real_split].fingerprint,
+                "features.dims": args.fid_dims, "features.sha256": extractor.sha256, "k": args.k,
+                "nearest_k": args.nearest_k, "pca": str(args.pca_dim)}, "another --tag")
     if args.nll and not args.overwrite:
         require_same_protocol(folder / f"nll{suffix}.json", {
             **identity, "seed": args.seed, "data": sets["test"].fingerprint, "scale_fitted_on": fitted_on(args, sets),
-            "images": len(spread(args.nll_images, len(sets["test"]))), "importance_samples": args.nll_samples})
+            "images": len(spread(args.nll_images, len(sets["test"]))), "importance_samples": args.nll_samples},
+            "another --tag")
     if args.diagnose and not args.overwrite:
         require_same_protocol(folder / f"diagnostics{suffix}.json", {
             **identity, "seed": args.seed, "data": sets["test"].fingerprint,
-            "images": len(spread(args.diagnose_images, len(sets["test"])))})
+            "images": len(spread(args.diagnose_images, len(sets["test"])))}, "another --tag")
 
     if measured and is_main():                                  # else only lines are added to the log
         locks.enter_context(lock_folder(folder, "--save_dir"))

@@ -51,13 +51,14 @@ __all__ = [
     "pick_device", "seeded", "cpu_count",
     "join_processes", "process_count", "is_main", "my_share", "gather", "all_mean",
     "in_processes",
-    "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "read_arrays",
+    "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "brief",
+    "require_same_protocol", "read_arrays",
     "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
     "DATA_CACHE", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "relative_names",
     "read_image", "decode_images", "png_is_whole", "save_png", "progress_bar", "pyplot", "save_figure", "plain_text",
     "image_grid", "generate_images", "read_manifest", "MemoryImages", "StreamedImages", "spread", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "require_finite", "load_model", "LatentHealth", "dead_note",
-    "hub_file", "STAND_IN", "FEW_IMAGES", "weights_title", "load_hub_weights", "InceptionFeatures", "exact_convolutions",
+    "hub_file", "FEW_IMAGES", "weights_title", "is_fid", "load_hub_weights", "InceptionFeatures", "exact_convolutions",
     "extract_features", "mean_and_covariance", "frechet_distance", "cached_statistics",
 ]
 
@@ -462,6 +463,30 @@ def read_json(path):
     if "checksum" in value and value["checksum"] != with_checksum(value)["checksum"]:
         raise UserError(f"{path}: damaged, or edited since it was written (its checksum is wrong); delete it and run again")
     return value
+
+
+def brief(value):
+    """A value of a manifest or protocol for a message: hashes shortened."""
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else value
+
+
+def require_same_protocol(path, wanted, instead):
+    """Raise UserError if the numbers at `path` are of another model, other images or fewer, say, than `wanted`: entries of
+    their protocol, those of a part of it as "part.entry". instead: what keeps both."""
+    if not path.is_file():
+        return
+
+    protocol = read_json(path).get("protocol")
+
+    def stated(key):
+        value = protocol
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return str(value).partition(" ")[0].replace("none", "0") if key == "pca" else value     # as pca_protocol words it
+
+    differs = [f"{key} ({brief(stated(key))}, not {brief(value)})" for key, value in wanted.items() if stated(key) != value]
+    if differs:
+        raise UserError(f"{path} was measured with another {', '.join(differs)}; {instead} keeps both, --overwrite replaces it")
 
 
 def read_arrays(path, key):
@@ -1313,6 +1338,12 @@ FEW_IMAGES = 2048            # with fewer images than pool3 features the covaria
 def weights_title(name, digest):
     """How a report names a hub's weights file with this SHA-256, whose beginning the published file has in its name."""
     return name if digest.startswith(Path(name).stem.rsplit("-", 1)[-1]) else f"{name}, {STAND_IN}"
+
+
+def is_fid(name, dims):
+    """May a Fréchet distance of these features (as a protocol names them, and how many) be called FID? It is defined on the
+    published Inception's 2048."""
+    return str(dims) == "2048" and STAND_IN not in name
 
 
 def load_hub_weights(name, without, build):

@@ -465,6 +465,32 @@ def test_distances_that_are_no_published_fid_are_said(tmp_path, script):
         assert heading in Page(tmp_path / "out/report.html").text
 
 
+def test_samples_that_were_not_drawn_alike_are_said(tmp_path, script):
+    """Whichever script measured them; rows that say nothing of it are taken to be alike."""
+    (tmp_path / "in").mkdir()
+    manifest = {"kind": "samples", "temperature": 0.7, "weights": "raw"}
+    for tag, protocol in (("pr", {"fake": {"folder": "f", "manifest": manifest}}), ("foreign", {"fake": {"folder": "f"}}),
+                          ("ours", {"weights": "raw", "fake": {"temperature": 0.7}})):
+        write_evaluation(tmp_path / "in", f"evaluation_{tag}.json", {"fid": 3.0}, protocol, tag=tag)
+    flags = ("--cache_dir", tmp_path / "in", "--out_dir", tmp_path / "out", "--model_order", "ours,pr,foreign")
+    assert "drawn alike" not in script(*flags)[2]
+    write_evaluation(tmp_path / "in", "evaluation_ours.json", {"fid": 3.0}, {"weights": "ema", "fake": {"temperature": 1.0}},
+                     tag="ours")
+    _, _, stderr = script(*flags)
+    for said in ("temperature differs: ours (evaluation_ours.json): 1.0; pr (evaluation_pr.json): 0.7",
+                 "weights differs: ours (evaluation_ours.json): ema; pr (evaluation_pr.json): raw"):
+        assert f"were not drawn alike, {said}" in stderr and said in Page(tmp_path / "out/report.html").text
+
+
+def test_every_variant_is_counted_and_the_reference_is_none(tmp_path, script):
+    write_caches(tmp_path / "in", a=sample(20), real=sample(20, seed=1))
+    for tag in ("a", "b"):
+        write_evaluation(tmp_path / "in", f"evaluation_{tag}.json", {"fid": 3.0}, {}, tag=tag)
+    code, stdout, _ = script("--cache_dir", tmp_path / "in", "--out_dir", tmp_path / "out", "--dpi", 40, "--bootstrap", 5)
+    assert code == 0 and "report.html: 2 variants, " in stdout
+    assert "# Comparison of 2 variants\n\na, real, b\n" in (tmp_path / "out/summary.md").read_text()
+
+
 def test_seed_is_that_of_the_samples(tmp_path, script):
     """PR_Calculate.py's own is of the subsets for KID."""
     (tmp_path / "in").mkdir()

@@ -295,8 +295,9 @@ def test_mean_and_spread_over_seeds():
     assert table.loc["b", "val_loss"] == 3 and table.loc["b", "val_loss_std"] == pytest.approx(math.sqrt(7))
     assert (table.loc["b", "fd_recon"], table.loc["b", "fd_recon_std"]) == (3, 0)
     assert all(math.isnan(table.loc["a", c]) for c in ("val_loss_std", "fd_recon", "fd_recon_std"))
-    cells = [grid.cell(29.53499, 0.1234), grid.cell(12345.6, 0.0), grid.cell(0.5, math.nan), grid.cell(math.nan, math.nan)]
-    assert cells == ["29.53 ± 0.12", "12,346", "0.5", ""]
+    cells = [grid.cell(29.53499, 0.1234), grid.cell(12345.6, 0.0), grid.cell(0.5, math.nan), grid.cell(math.nan, math.nan),
+             grid.cell(2361, 120.4), grid.cell(999.96, 99.6)]
+    assert cells == ["29.53 ± 0.12", "12,346", "0.5", "", "2,361 ± 120", "1000 ± 100"]
 
 
 def test_variants():

@@ -3,6 +3,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -348,6 +349,25 @@ def test_a_folder_against_itself_is_perfect_and_corrupt_files_are_counted(folder
     # Equal images have equal features, to the last bit: nothing but the missing image keeps this from the ideal.
     assert report["metrics"]["precision"] == 1 and report["metrics"]["recall"] > 0.95
     assert report["protocol"]["fake"]["corrupt_left_out"] == 1 and report["protocol"]["pca"] == "none"
+
+
+def test_an_evaluation_of_other_images_is_not_replaced(folders, fake_hub, tmp_path):
+    fake_hub.inception()
+    out = tmp_path / "o.json"
+    more = ("--pca_dim", "4", "--out", out, "--feature_cache", tmp_path)
+    for _ in range(2):                                               # the same again is no loss
+        assert evaluate(folders, fake_hub, *more).returncode == 0
+    before = out.read_bytes()
+    pixels = json.loads(before)["protocol"]["fake"]["pixels"][:12]
+    for other, said in ((dict(fake="real"), rf"fake.pixels \({pixels}, not "), (dict(real="fake"), r"real.pixels \("),
+                        (("--k", "2"), r"k \(3, not 2\)"), (("--pca_dim", "0"), r"pca \(4, not 0\)")):
+        flags, sides = ((), other) if isinstance(other, dict) else (other, {})
+        refused = evaluate(folders, fake_hub, *more, *flags, **sides)
+        assert refused.returncode == 2 and refused.stderr.count("error: ") == 1, refused.stderr
+        assert re.search(f"o.json was measured with another {said}.*; another --out keeps both", refused.stderr)
+    assert out.read_bytes() == before
+    assert evaluate(folders, fake_hub, *more, "--overwrite", fake="real").returncode == 0
+    assert json.loads(out.read_text())["metrics"]["precision"] == 1
 
 
 class PooledPixels:

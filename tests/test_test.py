@@ -925,19 +925,20 @@ def test_evaluation_equals_pr_calculate_on_the_exports(fake_hub, checkpoint, dat
     flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--evaluate", "--eval_images", 16, "--fid_dims", 64,
              "--pca_dim", 8, "--tag", "ours", "--k", 13, "--nearest_k", 14]
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"evaluation_ours.json was measured with another temperature \(1.0, not 0.5\), "
-                                        r"seed \(0, not 1\); another --tag keeps both"):
+    with pytest.raises(UserError, match=r"evaluation_ours.json was measured with another seed \(0, not 1\), "
+                                        r"fake.temperature \(1.0, not 0.5\); another --tag keeps both"):
         main(monkeypatch, tmp_path, checkpoint, *flags, "--temperature", 0.5, "--seed", 1)
-    for name, value, said in (("eval_images", 20, r"images \(16, not 20\)"),
-                              ("real_split", "test", r"split \(train, not test\)"), ("k", 2, r"k \(13, not 2\)"),
+    for name, value, said in (("eval_images", 20, r"real.images \(16, not 20\)"),
+                              ("real_split", "test", r"real.split \(train, not test\)"), ("k", 2, r"k \(13, not 2\)"),
                               ("nearest_k", 3, r"nearest_k \(14, not 3\)"),
                               ("pca_dim", 4, r"pca \(8, not 4\)"), ("pca_dim", 0, r"pca \(8, not 0\)"),
-                              ("fid_dims", 192, r"dims \(64, not 192\)"), ("weights", "raw", r"weights \(ema, not raw\)")):
+                              ("fid_dims", 192, r"features.dims \(64, not 192\)"),
+                              ("weights", "raw", r"weights \(ema, not raw\)")):
         with pytest.raises(UserError, match=f"evaluation_ours.json was measured with another {said}"):
             main(monkeypatch, tmp_path, checkpoint, *flags, f"--{name}", value)
     with monkeypatch.context() as patch:                        # a stand-in for Inception
         patch.setattr(utils.InceptionFeatures, "sha256", property(lambda _: "0" * 64, lambda *_: None), raising=False)
-        with pytest.raises(UserError, match="evaluation_ours.json was measured with another sha256"):
+        with pytest.raises(UserError, match="evaluation_ours.json was measured with another features.sha256"):
             main(monkeypatch, tmp_path, checkpoint, *flags)
     quality = tmp_path / "results" / "single_image_quality" / path.name
     with pytest.raises(UserError, match="single_image_quality/evaluation_ours.json was measured with another seed"):

@@ -461,9 +461,10 @@ def table_of(records):
 
 
 def cell(mean, std):
-    """mean ± std for a reader: four digits, without a spread that is 0 or unknown, empty where nothing was measured."""
+    """mean ± std for a reader: four digits and two, never as powers of ten, without a spread that is 0 or unknown, empty where
+    nothing was measured."""
     def text(value, digits):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+        return f"{value:,.0f}" if abs(value) >= min(10 ** digits - 0.5, 1000) else f"{value:.{digits}g}"
     if math.isnan(mean):
         return ""
     return text(mean, 4) + (f" ± {text(std, 2)}" if std > 0 else "")
