@@ -762,7 +762,8 @@ def parse_args(argv=None):
     group.add_argument("--nearest_k", type=int, default=5, help="neighbours of density and coverage (default 5)")
     group.add_argument("--pca_dim", type=int, default=256,
                        help="PCA dimensions, fitted on the real features, for precision, recall, density and\n"
-                            "coverage (changes these metrics; FID and KID never use it); 0 = off (default 256)")
+                            "coverage (changes these metrics; FID and KID never use it), at most the number of\n"
+                            "features, --fid_dims; 0 = off (default 256)")
     group.add_argument("--seed", type=int, default=0, help="seed of KID's subsets and of --num_images (default 0)")
 
     group = parser.add_argument_group("run time")

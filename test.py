@@ -192,7 +192,8 @@ def build_parser():
                        help="Inception layer by its number of features; 2048 is the published FID")
     group.add_argument("--k", type=int, default=3, help="neighbours of precision and recall")
     group.add_argument("--nearest_k", type=int, default=5, help="neighbours of density and coverage")
-    group.add_argument("--pca_dim", type=int, default=256, help="PCA before these four, as in PR_Calculate.py; 0 = off")
+    group.add_argument("--pca_dim", type=int, default=256,
+                       help="PCA before these four, as in PR_Calculate.py, at most --fid_dims; 0 = off")
     return parser
 
 

@@ -46,6 +46,7 @@ from models.vamp_flow import (
 from utils import (
     DATA_CACHE,
     FEW_IMAGES,
+    INCEPTION_FILE,
     LATENT_BLOCK,
     FlagParser,
     InceptionFeatures,
@@ -66,6 +67,7 @@ from utils import (
     generate_images,
     hub_file,
     image_grid,
+    is_fid,
     is_main,
     join_processes,
     load_data,
@@ -300,7 +302,7 @@ def make_tokens_positions(args, given):
         args.flow_seq_len = max(1, args.img_size // 2 ** len(args.hidden_dims)) ** 2
 
 
-def check_flags(args, given):
+def check_flags(args, given, fresh=True):
     """Raise UserError on values out of range and on pairs that make no sense, naming the flags."""
     at_least = dict(latent_dim=1, blocks_per_stage=0, num_components=1, flow_length=0, flow_seq_len=1, flow_embed_dim=1,
                     flow_heads=1, flow_layers=1, flow_mlp_ratio=1, epochs=1, batch_size=1, sample_every=0, grid_images=1,
@@ -327,7 +329,7 @@ def check_flags(args, given):
         (args.flow_length == 0 and args.flow_context == "encoder", "--flow_context encoder with --flow_length 0: no flow"),
         (args.preset in SECOND_STAGES and not args.fit_prior,
          f"--preset {args.preset}: a second stage, which needs --fit_prior PATH"),
-        (args.preset in SECOND_STAGES and args.demo and not args.resume,
+        (args.preset in SECOND_STAGES and args.demo and fresh,
          f"--preset {args.preset} with --demo: leave --demo out, the second stage takes data and model from the first"),
         (args.freeze_mixture and not args.fit_prior, "--freeze_mixture: needs --fit_prior PATH, to whose posteriors EM fits "
          "the mixture"),
@@ -849,8 +851,8 @@ class Trainer:
     graph is the StepGraph that does the whole of it, if there is one; rounded the RoundedWeights.
     """
 
-    def __init__(self, args, model, lpips, steps_per_epoch, batch_size, folder, data_id):
-        self.args, self.model, self.folder, self.data_id = args, model, folder, data_id
+    def __init__(self, args, model, lpips, steps_per_epoch, batch_size, folder, data_id, fid_id=None):
+        self.args, self.model, self.folder, self.data_id, self.fid_id = args, model, folder, data_id, fid_id
         self.lpips_id = lpips.sha256 if lpips else None
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
         self.device = next(model.parameters()).device
@@ -937,7 +939,7 @@ class Trainer:
             good = self.folder / "last.pth"
             raise UserError(f"{name} became NaN or infinite at epoch {(step - 1) // self.steps_per_epoch + 1}, step {step}; "
                             + (f"last good checkpoint: {good}" if good.exists() else "no checkpoint was written yet")
-                            + "; a lower --lr or --grad_clip may help")
+                            + "; a new run with a lower --lr or --grad_clip, or with --skip_grad_norm, may help")
         return dict(zip(TERMS, self.sums.tolist()))
 
     def state(self, optimizer=True):
@@ -951,7 +953,8 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if optimizer else None,
             "epoch": self.epoch, "step": self.step, "best_fid": self.best_fid, "history": self.history,
             "model_args": model_args_of(self.args), "args": vars(self.args),
-            "data_id": self.data_id, "lpips_id": self.lpips_id, "epoch_sums": self.sums.cpu(),
+            "data_id": self.data_id, "lpips_id": self.lpips_id, "fid_id": self.fid_id,
+            "epoch_sums": self.sums.cpu(),
         }
 
     def save(self):
@@ -981,6 +984,11 @@ class Trainer:
         if self.lpips_id and checkpoint.get("lpips_id", self.lpips_id) != self.lpips_id:
             raise UserError(f"--lpips_net {self.args.lpips_net}: {path} was trained with other weights than those in "
                             f"{hub_file(LPIPS_FILES[self.args.lpips_net])} (SHA-256 {str(checkpoint['lpips_id'])[:8]}...)")
+        fid_id = checkpoint.get("fid_id")                     # none where no FID was asked for yet
+        if fid_id and self.fid_id and fid_id != self.fid_id:
+            raise UserError(f"--fid_every {self.args.fid_every}: the FIDs in {path} are of other weights than those in "
+                            f"{hub_file(INCEPTION_FILE)} (SHA-256 {str(fid_id)[:8]}...); with 0 the run goes on without FID")
+        self.fid_id = self.fid_id or fid_id
         groups, schedule = self.optimizer.state_dict()["param_groups"], self.scheduler.state_dict()
         try:
             self.model.load_state_dict(checkpoint["model"])
@@ -1571,7 +1579,7 @@ class StopRequest:
         return self.signum
 
 
-def print_plan(args, trainer, data, held_out, amp):
+def print_plan(args, trainer, data, held_out, amp, extractor):
     """What is about to happen, before it does."""
     model, device, steps = trainer.model, trainer.device, trainer.steps_per_epoch
     parts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
@@ -1582,7 +1590,10 @@ def print_plan(args, trainer, data, held_out, amp):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     kept = data.images.device.type if hasattr(data, "images") else "streamed"
     n_val = min(args.val_images or len(held_out), len(held_out))
-    fid = f"every {args.fid_every} epochs, {args.fid_samples:,} samples" if args.fid_every else "off"
+    fid = "off"
+    if extractor:
+        fid = f"every {args.fid_every} epochs, {args.fid_samples:,} samples, {extractor.name}"
+        fid += "" if is_fid(extractor.name, extractor.dims) else "; no published FID, to be compared with itself alone"
     options = [f"{process_count()} processes"] * (process_count() > 1) + ["bf16 autocast" if amp else "float32"]
     options += [n for n in ("channels_last", "fused_flow", "fused_lpips", "compile", "cuda_graph", "deterministic")
                 if getattr(args, n)]
@@ -1673,7 +1684,7 @@ def train(stack):
         args.flip = args.dataset != "digits"
     args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
     args.eval_batch_size = args.eval_batch_size or images_at_a_time(args.img_size)
-    check_flags(args, given)
+    check_flags(args, given, fresh=checkpoint is None)
     amp = settle(args, device)
     if checkpoint is not None and checkpoint["model_args"] != model_args_of(args):
         raise UserError(f"{resumed_from}: its args and its model_args describe two models; not a checkpoint of train.py")
@@ -1738,12 +1749,13 @@ def train(stack):
         start_mixture(args, model, posteriors, args.flow_whiten and not first_stage.prior)
     elif not (first_stage and first_stage.prior):
         start_prior(args, model, data)
-    trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint)
+    trainer = Trainer(args, model, lpips, len(data) // batch_size, batch_size, folder, data.fingerprint,
+                      extractor.sha256 if extractor else None)
     if checkpoint is not None:
         trainer.restore(checkpoint, resumed_from)
     elif is_main():
         remove_old_run(folder)
-    print_plan(args, trainer, data, held_out, amp)
+    print_plan(args, trainer, data, held_out, amp, extractor)
     self_check(model)
     if checkpoint is not None:
         print(f"resumed at epoch {trainer.epoch}, step {trainer.step}")
@@ -1771,7 +1783,8 @@ def train(stack):
     if is_main():
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_json(folder / "args.json", {**vars(args), "versions": versions, "device_used": str(device),
-                                          "processes": process_count(), "lpips_sha256": trainer.lpips_id})
+                                          "processes": process_count(), "lpips_sha256": trainer.lpips_id,
+                                          "fid_sha256": trainer.fid_id})
     writer = open_tensorboard(args, folder, trainer.epoch, "tensorboard" in given) if is_main() else None
     log = open(folder / "train_log.txt" if is_main() else os.devnull, "w" if checkpoint is None else "a", encoding="utf-8",
                errors="backslashreplace")

@@ -58,8 +58,8 @@ __all__ = [
     "read_image", "decode_images", "png_is_whole", "save_png", "progress_bar", "pyplot", "save_figure", "plain_text",
     "image_grid", "generate_images", "read_manifest", "MemoryImages", "StreamedImages", "spread", "load_data",
     "save_checkpoint", "read_checkpoint", "check_saved_flags", "require_finite", "load_model", "LatentHealth", "dead_note",
-    "hub_file", "FEW_IMAGES", "weights_title", "is_fid", "load_hub_weights", "InceptionFeatures", "exact_convolutions",
-    "extract_features", "mean_and_covariance", "frechet_distance", "cached_statistics",
+    "hub_file", "INCEPTION_FILE", "FEW_IMAGES", "weights_title", "is_fid", "load_hub_weights", "InceptionFeatures",
+    "exact_convolutions", "extract_features", "mean_and_covariance", "frechet_distance", "cached_statistics",
 ]
 
 

@@ -20,6 +20,7 @@ from conftest import write_images
 from PIL import Image
 
 import train
+import utils
 from models.vamp_flow import BiCrossAttnFlow, CrossFlowVampVAE, perturb_
 from utils import (
     MemoryImages,
@@ -204,6 +205,15 @@ def test_preset_gives_way_to_flags_that_leave_a_part_of_it_without_a_meaning():
             train.check_flags(args, given)
 
 
+def test_demo_does_not_override_the_preset_of_a_second_stage(monkeypatch, tmp_path):
+    """Nor where --resume auto finds nothing to go on with."""
+    main(monkeypatch, tmp_path, "--demo", "--epochs", 1, "--flow_length", 0, "--sample_every", 0, "--exp_name", "first")
+    for more in ([], ["--resume", "auto"]):
+        with pytest.raises(UserError, match="--preset gmm with --demo: leave --demo out"):
+            main(monkeypatch, tmp_path, "--demo", "--fit_prior", tmp_path / "results/first/last.pth", "--preset", "gmm",
+                 "--exp_name", "second", *more)
+
+
 @pytest.mark.parametrize("flags, tokens", [
     ([], 8), (["--hidden_dims", "64", "128", "256"], 8), (["--latent_layout", "spatial"], 4),
     (["--latent_layout", "spatial", "--hidden_dims", "64", "128", "256"], 16),
@@ -322,6 +332,31 @@ def test_stand_in_for_lpips_is_named_and_may_not_change_on_the_way(monkeypatch, 
     torch.save({k: v + 0.01 for k, v in torch.load(path).items()}, path)
     with pytest.raises(UserError, match=f"--lpips_net squeeze: .*last.pth was trained with other weights .*{digest[:8]}"):
         main(monkeypatch, tmp_path, "--resume", "auto")
+
+
+def test_weights_of_fid_are_named_and_may_not_change_on_the_way(data, monkeypatch, tmp_path, fake_hub, capsys):
+    fake_hub.inception()
+    content = hub_file(utils.INCEPTION_FILE).read_bytes()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    path = hub_file(utils.INCEPTION_FILE)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    flags = [*data, "--epochs", 5, "--sample_every", 0, "--no-tensorboard", "--fid_samples", 8, "--fid_dims", 64]
+    main(monkeypatch, tmp_path, *flags, "--stop_epoch", 1, "--fid_every", 0)
+    folder = tmp_path / "results/CrossVampVAE"
+    assert weights(folder / "last.pth")["fid_id"] is None
+    main(monkeypatch, tmp_path, "--resume", "auto", "--stop_epoch", 2, "--fid_every", 1)                 # the first FID
+    said = capsys.readouterr().out
+    assert f"({utils.INCEPTION_FILE}, a stand-in of that name), 64 dimensions" in said and "; no published FID" in said
+    digest = sha256_file(path)
+    assert json.loads((folder / "args.json").read_text())["fid_sha256"] == digest == weights(folder / "last.pth")["fid_id"]
+    main(monkeypatch, tmp_path, "--resume", "auto", "--stop_epoch", 3, "--fid_every", 0)                 # is not forgotten
+    assert json.loads((folder / "args.json").read_text())["fid_sha256"] == digest == weights(folder / "last.pth")["fid_id"]
+    torch.save({k: v + 0.01 for k, v in torch.load(path).items()}, path)
+    with pytest.raises(UserError, match=f"--fid_every 1: the FIDs in .*last.pth are of other weights .*{digest[:8]}"):
+        main(monkeypatch, tmp_path, "--resume", "auto", "--fid_every", 1)
+    main(monkeypatch, tmp_path, "--resume", "auto", "--stop_epoch", 4, "--fid_every", 0)
+    assert weights(folder / "last.pth")["epoch"] == 4
 
 
 # -- stopping and resuming --------------------------------------------------------------------------------------------
