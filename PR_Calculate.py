@@ -13,7 +13,6 @@ the pairs that the bounds leave open, the metrics, KID, PCA, features of folders
 
 Shapes: N real points, M fake points, F features, P pairs.
 """
-import argparse
 import contextlib
 import hashlib
 import math
@@ -739,38 +738,41 @@ def folder_features(extractor, surveys, batch_size, cache=None, progress=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
+def add_manifold_flags(group):
+    group.add_argument("--k", type=int, default=3, help="neighbours of precision and recall")
+    group.add_argument("--nearest_k", type=int, default=5, help="neighbours of density and coverage")
+    group.add_argument("--pca_dim", type=int, default=256,
+                       help="PCA dimensions, fitted on the real features, for these four (changes them; FID and KID never use "
+                            "it), at most --fid_dims; 0 = off")
+
+
 def parse_args(argv=None):
-    parser = FlagParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser = FlagParser(description=__doc__)
     group = parser.add_argument_group("images")
     group.add_argument("--real_dir", required=True, help="folder of real images")
     group.add_argument("--fake_dir", required=True, help="folder of generated images")
     group.add_argument("--num_images", type=int, default=0,
-                       help="at most this many from each folder, a random choice by the seed; 0 = all (default 0)")
+                       help="at most this many from each folder, a random choice by the seed; 0 = all")
     group.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out and count them")
 
     group = parser.add_argument_group("features")
     group.add_argument("--features", choices=("inception", "vgg16"), default="inception",
-                       help="inception: pytorch-fid's network; vgg16: torchvision's fc2 after ReLU (default inception)")
+                       help="inception: pytorch-fid's network; vgg16: torchvision's fc2 after ReLU")
     group.add_argument("--fid_dims", type=int, choices=(2048, 768, 192, 64), default=None,
-                       help="inception: layer by its number of features; 2048 is the published FID (default 2048)")
-    group.add_argument("--batch_size", type=int, default=64, help="images a batch in the network (default 64)")
+                       help="inception: layer by its number of features; 2048 is the published FID (default: 2048)")
+    group.add_argument("--batch_size", type=int, default=64, help="images a batch in the network")
     group.add_argument("--feature_cache", default=None, metavar="DIR",
                        help="keep features in this folder and reuse them while images and weights are the same")
 
     group = parser.add_argument_group("metrics")
-    group.add_argument("--k", type=int, default=3, help="neighbours of precision and recall (default 3)")
-    group.add_argument("--nearest_k", type=int, default=5, help="neighbours of density and coverage (default 5)")
-    group.add_argument("--pca_dim", type=int, default=256,
-                       help="PCA dimensions, fitted on the real features, for precision, recall, density and\n"
-                            "coverage (changes these metrics; FID and KID never use it), at most the number of\n"
-                            "features, --fid_dims; 0 = off (default 256)")
-    group.add_argument("--seed", type=int, default=0, help="seed of KID's subsets and of --num_images (default 0)")
+    add_manifold_flags(group)
+    group.add_argument("--seed", type=int, default=0, help="seed of KID's subsets and of --num_images")
 
     group = parser.add_argument_group("run time")
     add_device_flag(group)
     group.add_argument("--chunk", type=int, default=0,
-                       help="points per side of a block of distances; bounds the memory, not the result;\n"
-                            "0 = 4096 on a CPU, 8192 on a GPU (default 0)")
+                       help="points per side of a block of distances; bounds the memory, not the result; 0 = 4096 on a CPU, "
+                            "8192 on a GPU")
 
     group = parser.add_argument_group("output")
     group.add_argument("--out", default=None, metavar="FILE.json", help="write the metrics and their protocol here")

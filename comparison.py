@@ -787,27 +787,27 @@ def parse_args(argv=None):
         parse.__name__ = kind.__name__
         return parse
 
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--cache_dir", default="./results/single_image_quality",
-                       help="folder of the caches and evaluation JSONs (default: %(default)s)")
-    group.add_argument("--out_dir", default="./results/compare", help="where the report goes (default: %(default)s)")
+                       help="folder of the caches and evaluation JSONs")
+    group.add_argument("--out_dir", default="./results/compare", help="where the report goes")
     group.add_argument("--model_order", default="",
                        help='variants in the order they are shown, as "VAE,CrossVampVAE,real"; the rest follow by name')
     group = parser.add_argument_group("statistics")
     group.add_argument("--bootstrap", type=number(int, 0, 100000), default=1000,
-                       help="resamples for the intervals, 0 = no intervals (default: %(default)s)")
+                       help="resamples for the intervals, 0 = no intervals")
     group.add_argument("--confidence", type=number(float, 50, 99.9), default=95.0,
-                       help="per cent that an interval should cover (default: %(default)s)")
+                       help="per cent that an interval should cover")
     group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
-                       help="seed of the resamples (default: %(default)s)")
+                       help="seed of the resamples")
     group = parser.add_argument_group("figures")
     group.add_argument("--scale", choices=("auto", "log", "linear"), default="auto",
-                       help="value axis; auto: log for positive values with a long tail (default: %(default)s)")
+                       help="value axis; auto: log for positive values with a long tail")
     group.add_argument("--whiskers", type=number(float, 0, 100), nargs=2, default=(1.0, 99.0), metavar=("LOW", "HIGH"),
-                       help="percentiles the whiskers reach to (default: 1 99)")
+                       help="percentiles the whiskers reach to")
     group.add_argument("--dpi", type=number(int, 40, 1200), default=160,
-                       help="dots per inch of the PNG files, 7.2 inches wide (default: %(default)s)")
+                       help="dots per inch of the PNG files, 7.2 inches wide")
     group.add_argument("--pdf", action="store_true", help="write each figure as PDF too")
     group = parser.add_argument_group("run time")
     group.add_argument("--workers", type=number(int, 1, 1024), default=None,

@@ -339,19 +339,18 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--gen", required=True, help="folder of images, searched to any depth")
     group.add_argument("--out_dir", default="./results/single_image_quality",
-                       help="where the three files go (default: %(default)s)")
+                       help="where the three files go")
     group.add_argument("--tag", required=True, type=safe_tag,
                        help="name of the variant in file names and plots; call the real images real")
     group.add_argument("--skip_corrupt", action="store_true",
                        help="go on past unreadable images and count them (default: stop at the first)")
     group = parser.add_argument_group("definition")
     group.add_argument("--r0", type=share, default=0.25,
-                       help="high frequencies start above this share of the Nyquist frequency of the shorter side "
-                            "(default: %(default)s)")
+                       help="high frequencies start above this share of the Nyquist frequency of the shorter side")
     group = parser.add_argument_group("run time")
     group.add_argument("--workers", type=positive, default=None,
                        help="processes that decode and measure (default: the cores, 1 for fewer than 1000 images)")

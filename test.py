@@ -52,6 +52,7 @@ import torch
 from csv_analysis import safe_tag
 from models.vamp_flow import check_flow
 from PR_Calculate import (
+    add_manifold_flags,
     check_neighbours,
     check_pca,
     fit_pca,
@@ -122,7 +123,7 @@ QUALITY_DIR = "single_image_quality"                            # below save_dir
 # Command line
 
 def build_parser():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     group = parser.add_argument_group("checkpoint and places")
     group.add_argument("--resume", required=True, metavar="PATH",
                        help="the checkpoint: best_fid.pth or last.pth of a run")
@@ -190,10 +191,7 @@ def build_parser():
                        help="(default: evaluation_<tag>.json beside the log)")
     group.add_argument("--fid_dims", type=int, choices=(2048, 768, 192, 64), default=2048,
                        help="Inception layer by its number of features; 2048 is the published FID")
-    group.add_argument("--k", type=int, default=3, help="neighbours of precision and recall")
-    group.add_argument("--nearest_k", type=int, default=5, help="neighbours of density and coverage")
-    group.add_argument("--pca_dim", type=int, default=256,
-                       help="PCA before these four, as in PR_Calculate.py, at most --fid_dims; 0 = off")
+    add_manifold_flags(group)
     return parser
 
 

@@ -142,7 +142,7 @@ COLUMNS = ("epoch", "beta", "lr", "train_loss", "val_loss", "recon", "lpips", "k
 # Command line
 
 def build_parser():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     switch = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("run")
@@ -204,7 +204,7 @@ def build_parser():
     group.add_argument("--pseudo_noise", type=float, default=0.05, help="std of the noise added to data, pixels in [-1, 1]")
     group.add_argument("--flow_length", type=int, default=8, help="coupling layers, 0 = no flow")
     group.add_argument("--flow_seq_len", type=int, default=8,
-                       help="tokens per latent half (with a spatial latent by default S: a token is a position)")
+                       help="tokens per latent half (default: 8; with a spatial latent S, a token is a position)")
     group.add_argument("--flow_embed_dim", type=int, default=128, help="token width")
     group.add_argument("--flow_heads", type=int, default=4, help="attention heads")
     group.add_argument("--flow_layers", type=int, default=2, help="attention blocks per conditioner")
@@ -224,7 +224,8 @@ def build_parser():
                             "trained, at whatever learning rate that wants")
     group.add_argument("--posterior_std", type=float, default=0.0, help="one sigma for every posterior, 0 = the encoder's")
     group.add_argument("--scale_bound", type=float, default=2.0, help="bound of the flow's log-scales")
-    group.add_argument("--logvar_clamp", type=float, nargs=2, default=[-10.0, 10.0], help="bounds of the log-variance")
+    group.add_argument("--logvar_clamp", type=float, nargs=2, default=[-10.0, 10.0], metavar=("LOW", "HIGH"),
+                       help="bounds of the log-variance")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--recon_loss", choices=("l1", "mse"), default="l1", help="summed over pixels, mean over images")
@@ -239,12 +240,12 @@ def build_parser():
     group.add_argument("--free_bits", type=float, default=0.5, help="nats of KL per dimension that cost nothing, 0 = off")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=1000)
+    group.add_argument("--epochs", type=int, default=1000, help="passes over the training images")
     group.add_argument("--batch_size", type=int, default=128, help="images a step, of all processes together")
     group.add_argument("--lr", type=float, default=1e-4, help="learning rate at the start of the cosine")
     group.add_argument("--lr_min", type=float, default=0.0, help="learning rate at its end")
     group.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's, on weight matrices only")
-    group.add_argument("--adam_betas", type=float, nargs=2, default=[0.9, 0.999])
+    group.add_argument("--adam_betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"), help="of AdamW")
     group.add_argument("--grad_clip", type=float, default=5000.0,
                        help="largest gradient norm, 0 = off (the loss sums over pixels: norms near 1000 are normal)")
     group.add_argument("--skip_grad_norm", type=float, default=0.0,
@@ -270,11 +271,11 @@ def build_parser():
 def parse_args(argv=None):
     """(args, names of the flags that were given on the command line)."""
     parser = build_parser()
+    first = parser.parse_args(argv)                             # --help ends here, with the recipe's defaults
     silent = build_parser()
     for action in silent._actions:
         action.default = argparse.SUPPRESS
     given = set(vars(silent.parse_args(argv)))
-    first = parser.parse_args(argv)
     parser.set_defaults(**PRESETS.get(first.preset, {}))
     if first.demo:
         # Running the demo twice is no accident (see require_the_same_demo); a run with a name or place of its own is not to

@@ -134,8 +134,23 @@ def run(main):
     sys.exit(2)
 
 
+class FlagHelp(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and behind the help of a flag its default, where there is one to name and it does not."""
+
+    def _get_help_string(self, action):
+        default, text = action.default, action.help or ""
+        if any(default is none for none in (None, False, argparse.SUPPRESS)) or default == "" or "default" in text:
+            return text
+        value = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {value.replace('%', '%%')})".lstrip()
+
+
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, without the usage, and which knows ~, as shells do before = too."""
+    """An ArgumentParser whose complaints are one line, without the usage, whose help names the defaults, and which knows ~, as
+    shells do before = too."""
+
+    def __init__(self, **more):
+        super().__init__(formatter_class=FlagHelp, **more)
 
     def error(self, message):
         raise UserError(message)

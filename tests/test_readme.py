@@ -1,11 +1,19 @@
 """The Python that README.md shows runs as it stands there, and its comments are true; what it and the pages beside it link to,
 and the flags that they name, exist."""
 import re
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, write_images
 from test_train import main
+
+import comparison
+import csv_analysis
+import PR_Calculate
+import test
+import train
+import utils
 
 
 def blocks():
@@ -45,6 +53,28 @@ def test_flow_and_metrics_by_themselves(capsys):
     worst, metrics = (eval(line, {"nan": float("nan")}) for line in (worst, metrics))
     assert worst["inverse_error"] < 1e-9 and worst["log_det_error"] < 1e-8 and worst["scale_std"] > 0
     assert {"precision", "recall", "density", "coverage"} <= set(metrics) and float(distance) > 0
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train, {"--latent_dim": "D (default: 128)", "--hidden_dims": "(default: 64 128 256 512)",
+             "--warmup_epochs": "(default: 20)", "--data_dir": "(default: ./data)", "--flow_seq_len": "(default: 8; with a spatial"}),
+    (test, {"--temperature": "(default: 1.0)", "--num_samples": "(default: 50000)"}),
+    (PR_Calculate, {"--k": "(default: 3)", "--pca_dim": "(default: 256)"}),
+    (csv_analysis, {"--r0": "(default: 0.25)"}),
+    (comparison, {"--whiskers": "(default: 1.0 99.0)"})], ids=lambda x: getattr(x, "__name__", ""))
+def test_help_names_every_flag_with_its_default(script, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    parsers = []
+    monkeypatch.setattr(script, "FlagParser", lambda **more: parsers.append(utils.FlagParser(**more)) or parsers[-1])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "(default: None)" not in text and "==SUPPRESS==" not in text
+    entries = re.split(r" (?=--\w+ )", text)
+    for flag, said in flags.items():
+        assert any(entry.startswith(f"{flag} ") and said in entry for entry in entries), flag
+    for action in parsers[0]._actions:
+        assert action.help, action.option_strings
 
 
 PAGES = [ROOT / "README.md", ROOT / "tests/benchmarks/RESULTS.md", ROOT / "tests/benchmarks/SPEED.md"]
