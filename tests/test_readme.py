@@ -57,7 +57,7 @@ def test_flow_and_metrics_by_themselves(capsys):
 
 @pytest.mark.parametrize("script, flags", [
     (train, {"--latent_dim": "D (default: 128)", "--hidden_dims": "(default: 64 128 256 512)",
-             "--warmup_epochs": "(default: 20)", "--data_dir": "(default: ./data)", "--flow_seq_len": "(default: 8; with a spatial"}),
+             "--warmup_epochs": "(default: 20)", "--data_dir": "(default: ./data)", "--flow_seq_len": "(default: 8; with"}),
     (test, {"--temperature": "(default: 1.0)", "--num_samples": "(default: 50000)"}),
     (PR_Calculate, {"--k": "(default: 3)", "--pca_dim": "(default: 256)"}),
     (csv_analysis, {"--r0": "(default: 0.25)"}),
