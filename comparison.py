@@ -81,11 +81,12 @@ MAY_DIFFER = re.compile(r"checkpoint|training|lpips|folder|path|content|manifest
 # The real images, which decide what a distance to them means, must agree whatever their folder is called: as what they were
 # taken from (content: of the data set), or as pixels.
 SAME_REAL = re.compile(r"^real\.(content|split|pixels)$")
+DRAWN = ("weights", "mixture_weights", "temperature")        # how samples were drawn from their model
 # What all files of one tag must have been made with, where they say so.
-OF_MODEL = ("checkpoint_sha256", "weights", "temperature")
+OF_MODEL = ("checkpoint_sha256", *DRAWN)
 OF_TAG = (*OF_MODEL, "kind")                                 # samples, reconstructions
 # Of the manifest of an export, what the report shows.
-MADE_BY = ("kind", "split", "checkpoint_sha256", "weights", "seed", "temperature", "latent")
+MADE_BY = ("kind", "split", "checkpoint_sha256", *DRAWN, "seed", "latent")
 
 PERCENTILES = np.arange(1, 100)
 # Okabe and Ito's colours, told apart by readers of any colour vision; black is kept for real.
@@ -907,7 +908,7 @@ def protocol_warnings(evaluations):
     for key, stated in differing(said, evaluation_key_matters).items():
         texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
         warnings.append(f"The rows below are not comparable, {key} differs: {texts}")
-    for key, stated in differing(said, ("temperature", "weights").__contains__).items():
+    for key, stated in differing(said, DRAWN.__contains__).items():
         texts = "; ".join(f"{', '.join(who)}: {text}" for text, who in stated.items())
         warnings.append(f"The samples of the rows below were not drawn alike, {key} differs: {texts}")
     for e in evaluations:

@@ -70,6 +70,7 @@ from utils import (
     LOCK,
     MANIFEST,
     TEMPORARY,
+    UNSAID,
     FlagParser,
     InceptionFeatures,
     LatentHealth,
@@ -112,6 +113,7 @@ from utils import (
 )
 
 FORMAT = 1                   # of the manifest
+REFIT_IMAGES = 20000         # of --refit_weights
 RECORD_S = 2.0               # the manifest is brought up to date this often; at most so much is written twice
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 EXPORTED = re.compile(r"\d{5,}\.png")
@@ -161,6 +163,9 @@ def build_parser():
     group.add_argument("--num_real", type=int, default=0, help="real images, evenly spaced in the split; 0 = all")
     group.add_argument("--num_recon", type=int, default=0, help="reconstructions, evenly spaced in the split; 0 = all")
     group.add_argument("--gen_batch_size", type=int, default=100, help="images at a time; changes the speed only")
+    group.add_argument("--refit_weights", action="store_true",
+                       help=f"draw the prior's components as often as the training images want them (EM on {REFIT_IMAGES:,}), "
+                            f"not as trained: dead ones give no samples; of the samples and of every number")
     group.add_argument("--temperature", type=float, default=1.0,
                        help="factor of the components' sigma, 0 = their means")
     group.add_argument("--png_threads", type=int, default=0, help="threads that write images; 0 = the cores, at most 8")
@@ -319,7 +324,7 @@ def plan_export(export, overwrite):
         if overwrite:
             return -1
         raise UserError(f"{folder / MANIFEST}: damaged, so what these images are is not known; {way_out}") from None
-    wanted = export.manifest
+    wanted, found = export.manifest, UNSAID | found
     differs = [f"{k} ({brief(found.get(k))}, not {brief(wanted[k])})" for k in wanted if found.get(k) != wanted[k]]
     beyond = sorted(images - {image_name(i, count) for i in range(count)})
     if differs or beyond:
@@ -410,8 +415,8 @@ def plan_exports(args, model, sets, identity):
         add("real", manifest("real", len(chosen), split=args.real_split, data=data.fingerprint),
             lambda start, stop: data.batches(chosen[start:stop].split(1000), torch.device("cpu")))
     if args.do_fake:
-        add("fake", manifest("samples", args.num_samples, **identity, seed=args.seed, temperature=args.temperature,
-                             latents=f"drawn in blocks of {LATENT_BLOCK}"),
+        add("fake", manifest("samples", args.num_samples, **identity, mixture_weights=mixture_weights_of(args),
+                             seed=args.seed, temperature=args.temperature, latents=f"drawn in blocks of {LATENT_BLOCK}"),
             lambda start, stop: generate_images(model, stop, args.gen_batch_size, args.seed, args.temperature, start))
     if args.do_recon:
         if args.recon_flow == "bypassed" and not decodes_flow(model):
@@ -471,6 +476,22 @@ def latents(model, x, eps, prior):
     """VAEOutput of images x (B, C, H, W) with noise eps (B, D), nothing decoded, and the flow's context."""
     mu, logvar, context = model.posterior(x)
     return model.carry(mu, logvar, eps, prior, context), context
+
+
+@torch.no_grad()
+def refit_weights(model, data, batch_size):
+    """Weigh the prior's components by what training images want of them (ex-post density estimation, arXiv 1903.12436, of
+    the weights alone). Returns how many images there were."""
+    device, chosen = next(model.parameters()).device, spread(REFIT_IMAGES, len(data))
+    # Whatever --seed: the prior is the model's, and samples of all seeds are of one.
+    noise = torch.randn(len(chosen), model.latent_dim, generator=seeded("cpu", 0, "weights"))
+    prior, found, n = model.prior_params(), [], 0
+    for batch in data.batches(chosen.split(batch_size), device):
+        out, _ = latents(model, to_float(batch), noise[n:n + len(batch)].to(device), prior)
+        found.append(model.responsibilities(out).cpu())
+        n += len(batch)
+    model.fit_weights_(gather(torch.cat(found))[0].to(device))                                  # the same for all processes
+    return n
 
 
 @torch.no_grad()
@@ -1049,7 +1070,7 @@ def save_diagnostics(path, result, posterior, title):
 def is_export(folder, **entries):
     """Does the folder hold a finished export that says so of itself?"""
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = UNSAID | read_json(folder / MANIFEST)
     except (OSError, UserError):
         return False
     return manifest.get("done") == manifest.get("count") and all(manifest.get(k) == v for k, v in entries.items())
@@ -1124,6 +1145,11 @@ class Report(NamedTuple):
     def say(self, text):
         print(text, flush=True)
         print(text, file=self.log, flush=True)
+
+
+def mixture_weights_of(args):
+    """Where the weights of the prior's components come from, in words."""
+    return "refitted" if args.refit_weights else UNSAID["mixture_weights"]
 
 
 def fitted_on(args, sets):
@@ -1217,12 +1243,16 @@ def export_and_measure(args, locks):
     args.export_dir = args.export_dir or args.data_dir
     weights = "raw" if checkpoint["ema"] is None else args.weights
     identity = {"checkpoint_sha256": sha256_file(args.resume), "weights": weights}
-    samples = {**identity, "temperature": args.temperature, "seed": args.seed}
+    of_prior = {**identity, "mixture_weights": mixture_weights_of(args)}
+    if args.refit_weights and model.prior == "standard":
+        raise UserError(f"--refit_weights: the prior of {args.resume} has no mixture")
+    samples = {**of_prior, "temperature": args.temperature, "seed": args.seed}
     extractor = InceptionFeatures(device, args.fid_dims, without="leave out --evaluate") if args.evaluate else None
     if args.eval_out and Path(args.eval_out).is_dir():
         raise UserError(f"--eval_out {args.eval_out}: is a folder; name a file")
     measured = args.do_pictures or args.diagnose or args.nll or args.evaluate
-    sets, mixed = open_data(args, checkpoint, model, device) if args.do_real or args.do_recon or measured else ({}, None)
+    uses_data = args.do_real or args.do_recon or measured or args.refit_weights
+    sets, mixed = open_data(args, checkpoint, model, device) if uses_data else ({}, None)
     if args.evaluate:
         N = len(spread(args.eval_images, len(sets[args.real_split])))
         check_neighbours(args.k, args.nearest_k, N, N)
@@ -1244,18 +1274,18 @@ def export_and_measure(args, locks):
             evaluations.append(quality / f"evaluation_{tag}.json")
         for path in evaluations if not args.overwrite else ():
             require_same_protocol(path, {
-                **identity, "seed": args.seed, "fake.temperature": args.temperature, "real.images": N,
+                **of_prior, "seed": args.seed, "fake.temperature": args.temperature, "real.images": N,
                 "real.split": args.real_split, "real.content": sets[args.real_split].fingerprint,
                 "features.dims": args.fid_dims, "features.sha256": extractor.sha256, "k": args.k,
                 "nearest_k": args.nearest_k, "pca": str(args.pca_dim)}, "another --tag")
     if args.nll and not args.overwrite:
         require_same_protocol(folder / f"nll{suffix}.json", {
-            **identity, "seed": args.seed, "data": sets["test"].fingerprint, "scale_fitted_on": fitted_on(args, sets),
+            **of_prior, "seed": args.seed, "data": sets["test"].fingerprint, "scale_fitted_on": fitted_on(args, sets),
             "images": len(spread(args.nll_images, len(sets["test"]))), "importance_samples": args.nll_samples},
             "another --tag")
     if args.diagnose and not args.overwrite:
         require_same_protocol(folder / f"diagnostics{suffix}.json", {
-            **identity, "seed": args.seed, "data": sets["test"].fingerprint,
+            **of_prior, "seed": args.seed, "data": sets["test"].fingerprint,
             "images": len(spread(args.diagnose_images, len(sets["test"])))}, "another --tag")
 
     if measured and is_main():                                  # else only lines are added to the log
@@ -1267,7 +1297,7 @@ def export_and_measure(args, locks):
 
     starts = gather(starts)[0]
     log = open(folder / "test_log.txt" if is_main() else os.devnull, "a", encoding="utf-8", errors="backslashreplace")
-    provenance = {"checkpoint": str(args.resume), **identity, "epoch": checkpoint["epoch"], "seed": args.seed,
+    provenance = {"checkpoint": str(args.resume), **of_prior, "epoch": checkpoint["epoch"], "seed": args.seed,
                   "training_seed": checkpoint["args"].get("seed"), "training_data": checkpoint.get("data_id"),
                   "data_is_training_data": not mixed, "lpips_sha256": checkpoint.get("lpips_id"),
                   "device": str(device),
@@ -1278,7 +1308,7 @@ def export_and_measure(args, locks):
     print(shlex.join(["python", *sys.argv]), file=log, flush=True)
     report.say(f"checkpoint  {args.resume} ({position}, SHA-256 {identity['checkpoint_sha256'][:12]})")
     note = dead_note(model, checkpoint["args"], checkpoint["history"])
-    if note:
+    if note and not args.refit_weights:
         report.say(note)
     if sets:
         report.say(f"data        {checkpoint['args']['dataset']} in {args.data_dir}: {len(sets['train']):,} training and "
@@ -1286,6 +1316,11 @@ def export_and_measure(args, locks):
     if mixed:
         for place in (sys.stderr, log) if is_main() else ():
             print(f"warning: {mixed}", file=place, flush=True)
+    if args.refit_weights:
+        n = refit_weights(model, sets["train"], args.gen_batch_size)
+        share = model.log_weights().exp()
+        report.say(f"weights     of {n:,} training images: {int((share > 0.1 / len(share)).sum())} of {len(share)} components "
+                   f"are drawn")
     report.say(f"results     {folder}")
 
     # -- images on disk -------------------------------------------------------------------------------------------

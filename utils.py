@@ -52,7 +52,7 @@ __all__ = [
     "join_processes", "process_count", "is_main", "my_share", "gather", "all_mean",
     "in_processes",
     "atomic_write", "atomic_write_all", "name_again", "with_checksum", "write_json", "read_json", "brief",
-    "require_same_protocol", "read_arrays",
+    "UNSAID", "require_same_protocol", "read_arrays",
     "sha256_file", "writable_folder", "LOCK", "TEMPORARY", "lock_folder", "remove_temporary_files",
     "DATA_CACHE", "LATENT_BLOCK", "MANIFEST", "to_uint8", "to_float", "list_images", "relative_names",
     "read_image", "decode_images", "png_is_whole", "save_png", "progress_bar", "pyplot", "save_figure", "plain_text",
@@ -485,6 +485,10 @@ def brief(value):
     return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else value
 
 
+# What manifests and protocols mean that were written before they said it.
+UNSAID = {"mixture_weights": "as trained"}
+
+
 def require_same_protocol(path, wanted, instead):
     """Raise UserError if the numbers at `path` are of another model, other images or fewer, say, than `wanted`: entries of
     their protocol, those of a part of it as "part.entry". instead: what keeps both."""
@@ -496,7 +500,7 @@ def require_same_protocol(path, wanted, instead):
     def stated(key):
         value = protocol
         for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
+            value = value.get(name, UNSAID.get(key)) if isinstance(value, dict) else None
         return str(value).partition(" ")[0].replace("none", "0") if key == "pca" else value     # as pca_protocol words it
 
     differs = [f"{key} ({brief(stated(key))}, not {brief(value)})" for key, value in wanted.items() if stated(key) != value]
@@ -1328,9 +1332,9 @@ def dead_note(model, args, history):
     dead = history[-1].get("dead_components") if history and isinstance(history[-1], dict) else None
     if not isinstance(dead, int) or model.prior_logits is not None or dead < max(1, model.num_components / 2):
         return None
-    ways = "--mixture_weights learned draws by use"
+    ways = "test.py --refit_weights draws by use, as --mixture_weights learned does from the start"
     if model.prior == "vamp" and (args.get("pseudo_init") != "noise" or args.get("warmup_epochs")):
-        ways = f"--pseudo_init noise --warmup_epochs 0 keeps more of them alive, {ways}"
+        ways += ", and --pseudo_init noise --warmup_epochs 0 keeps more of them alive"
     return (f"note: {dead} of {model.num_components} components are dead, no image being encoded into them, and samples are "
             f"drawn from these as from the others; {ways} (README.md, Results)")
 

@@ -808,6 +808,17 @@ class CrossFlowVampVAE(nn.Module):
         if learned:
             self.prior_logits.copy_(log_w)
 
+    @torch.no_grad()
+    def fit_weights_(self, responsibilities, steps=50):
+        """Give the components the weights under which points are likeliest, by EM, everything else staying as it is: a
+        component that none of them needs is drawn no more. responsibilities: the points' under the present weights, (N, K)."""
+        likelihoods = responsibilities.double() / self.log_weights().double().exp().clamp(min=1e-30)      # up to a factor each
+        w = likelihoods.new_full((self.num_components,), 1 / self.num_components)
+        for _ in range(steps):
+            share = likelihoods * w
+            w = (share / share.sum(1, keepdim=True)).mean(0)
+        self.prior_logits = nn.Parameter(w.clamp(min=1e-30).log().to(self.encoder.head.weight))
+
     def log_prior(self, zK):
         """log p(zK) in nats: (B, D) -> (B,)."""
         mu_k, logvar_k = self.prior_params()

@@ -552,6 +552,33 @@ def test_temperature_is_a_factor_of_sigma():
     assert torch.allclose(cold - mean, 0.5 * (warm - mean), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kwargs", [{"prior": "mog"}, {"prior": "mog", "mixture_weights": "learned"},
+                                    {"prior": "vamp", "flow_prior": "pushed"}], ids=str)
+def test_refitted_weights_are_those_of_the_largest_likelihood(kwargs):
+    """Whatever the weights were before; a component that no point is near gets none."""
+    model = make(num_components=5, **kwargs)
+    with torch.no_grad():
+        mu_k, logvar_k = model.prior_params()
+        if kwargs["prior"] == "mog":
+            model.prior_mu[4] += 1000
+            mu_k = model.prior_mu
+        k = torch.multinomial(torch.tensor([0.5, 0.25, 0.2, 0.05]), 4000, True, generator=torch.Generator().manual_seed(0))
+        z = mu_k[k] + (0.5 * logvar_k[k]).exp() * torch.randn(4000, mu_k.shape[1], generator=torch.Generator().manual_seed(1),
+                                                              dtype=mu_k.dtype)
+        log_p = torch.stack([log_normal(z, m, v) for m, v in zip(mu_k, logvar_k)], 1)             # (N, K)
+        model.fit_weights_(torch.softmax(log_p + model.log_weights(), 1), steps=500)
+    w = model.log_weights().exp()
+    best = torch.logsumexp(log_p + w.log(), 1).mean()
+    # At the maximum of a concave function, no shift of weight towards any component gains.
+    for towards in torch.eye(5, dtype=w.dtype):
+        assert torch.logsumexp(log_p + (0.99 * w + 0.01 * towards).log(), 1).mean() <= best + 1e-9
+    assert best > torch.logsumexp(log_p - math.log(5), 1).mean() + 0.01
+    if kwargs["prior"] == "mog":
+        assert w[4] < 1e-12
+        drawn = model.sample_latents(500, 0.0, torch.Generator().manual_seed(0))
+        assert drawn.abs().max() < 900
+
+
 def test_posterior_means_are_float32_under_autocast():
     model = CrossFlowVampVAE(img_size=8, hidden_dims=(8,), latent_dim=4, flow_length=0, num_components=2)
     with torch.autocast("cpu", torch.bfloat16):

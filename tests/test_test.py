@@ -407,6 +407,52 @@ def test_failed_write_leaves_no_half_file_and_a_true_manifest(checkpoint, data, 
     assert len(read(folder)[0]) == 25
 
 
+def test_refitted_weights_are_of_all_samples_and_numbers_and_said(checkpoint, data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "REFIT_IMAGES", 30)             # of 60
+    export(monkeypatch, tmp_path, checkpoint)
+    plain, manifest = read(data / "fake_cifar")
+    assert manifest["mixture_weights"] == "as trained"
+    with pytest.raises(UserError, match=r"another mixture_weights \(as trained, not refitted\)"):
+        export(monkeypatch, tmp_path, checkpoint, "--refit_weights")
+    capsys.readouterr()
+    export(monkeypatch, tmp_path, checkpoint, "--refit_weights", "--fake_dirname", "refitted")
+    fake, manifest = read(data / "refitted")
+    assert manifest["mixture_weights"] == "refitted" and not torch.equal(fake, plain)
+    model, _ = load_model(checkpoint, "cpu")
+    drawn = re.search(r"weights     of 30 training images: (\d+) of (\d+) components are drawn", capsys.readouterr().out)
+    x = to_float(data_set(data)[0].images[::2])
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        z0 = mu + (0.5 * logvar).exp() * torch.randn(30, model.latent_dim, generator=utils.seeded("cpu", 0, "weights"))
+        out = model(x)._replace(z0=z0, zK=model.apply_flow(z0)[0])
+        model.fit_weights_(model.responsibilities(out))
+    assert torch.equal(fake, next(generate_images(model, 25, 25, 0)))
+    K = model.num_components
+    assert (int(drawn[1]), int(drawn[2])) == ((model.log_weights().exp() > 0.1 / K).sum(), K)
+    # An export and numbers of before there was this flag are of the weights as trained.
+    path = data / "fake_cifar" / "manifest.json"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("mixture_weights", "checksum")}
+    write_json(path, old)
+    export(monkeypatch, tmp_path, checkpoint)
+    with pytest.raises(UserError, match=r"another mixture_weights \(as trained, not refitted\)"):
+        export(monkeypatch, tmp_path, checkpoint, "--refit_weights")
+    flags = [*QUIET, "--do_real", "False", "--do_fake", "False", "--diagnose"]
+    main(monkeypatch, tmp_path, checkpoint, *flags)
+    kl = json.loads((checkpoint.parent / "test/diagnostics.json").read_text())["diagnostics"]["kl_raw"]
+    with pytest.raises(UserError, match=r"diagnostics.json was measured with another mixture_weights \(as trained, not"):
+        main(monkeypatch, tmp_path, checkpoint, *flags, "--refit_weights")
+    main(monkeypatch, tmp_path, checkpoint, *flags, "--refit_weights", "--tag", "refitted")
+    written = json.loads((checkpoint.parent / "test/diagnostics_refitted.json").read_text())
+    assert written["protocol"]["mixture_weights"] == "refitted" and written["diagnostics"]["kl_raw"] != kl
+
+
+def test_a_prior_without_a_mixture_has_no_weights_to_refit(data, monkeypatch, tmp_path):
+    path = make_checkpoint(tmp_path / "results" / "run", data, "--prior", "standard", "--flow_length", 0)
+    with pytest.raises(UserError, match="--refit_weights: the prior of .* has no mixture"):
+        export(monkeypatch, tmp_path, path, "--refit_weights")
+    assert not (data / "fake_cifar").exists()
+
+
 @pytest.mark.parametrize("change", ["seed", "temperature", "weights", "count", "checkpoint", "latents", "beyond", "damaged",
                                     "no count"])
 def test_another_export_is_never_mixed_with(change, checkpoint, data, monkeypatch, tmp_path):

@@ -138,10 +138,11 @@ def test_pseudo_inputs_start_at_training_images_or_at_noise():
 
 
 @pytest.mark.parametrize("flags, dead, found", [
-    ((), 2, None), ((), 3, "--pseudo_init noise --warmup_epochs 0 "), ((), "4", None), ((), None, None),
-    (("--pseudo_init", "noise"), 3, "--pseudo_init noise --warmup_epochs 0 "),
-    (("--pseudo_init", "noise", "--warmup_epochs", 0), 3, "the others; --mixture_weights learned"),
-    (("--prior", "mog"), 5, "the others; --mixture_weights learned"), (("--mixture_weights", "learned"), 5, None),
+    ((), 2, None), ((), 3, "and --pseudo_init noise --warmup_epochs 0 "), ((), "4", None), ((), None, None),
+    (("--pseudo_init", "noise"), 3, "and --pseudo_init noise --warmup_epochs 0 "),
+    (("--pseudo_init", "noise", "--warmup_epochs", 0), 3, "; test.py --refit_weights draws by use, as "
+     "--mixture_weights learned does from the start (README"),
+    (("--prior", "mog"), 5, "does from the start (README"), (("--mixture_weights", "learned"), 5, None),
     (("--num_components", 16), 7, None), (("--num_components", 16), 8, "8 of 16"),
     (("--prior", "standard", "--flow_length", 0), 0, None)])
 def test_samples_of_dead_components_are_said(flags, dead, found):
