@@ -446,6 +446,29 @@ def test_refitted_weights_are_of_all_samples_and_numbers_and_said(checkpoint, da
     assert written["protocol"]["mixture_weights"] == "refitted" and written["diagnostics"]["kl_raw"] != kl
 
 
+def test_all_the_chosen_training_images_are_counted_for_the_weights(data, monkeypatch, tmp_path):
+    path = make_checkpoint(tmp_path / "results" / "run", data, "--prior", "mog", "--num_components", 5)
+    training = data_set(data)[0]
+    x = to_float(training.images[::2])
+    for batch_size in (7, 30):
+        model, _ = load_model(path, "cpu")
+        with torch.no_grad():                                   # every component is of some images
+            zK = model.apply_flow(model.encode(x)[0])[0]
+            model.prior_mu.copy_(zK[::6])
+            model.prior_logvar.fill_(zK.var().log())
+        monkeypatch.setattr(script, "REFIT_IMAGES", 30)
+        assert script.refit_weights(model, training, batch_size) == 30
+        found = model.log_weights().exp()
+        model.prior_logits = None                               # as it was
+        with torch.no_grad():
+            mu, logvar = model.encode(x)
+            noise = torch.randn(30, model.latent_dim, generator=utils.seeded("cpu", 0, "weights"))
+            out = model.carry(mu, logvar, noise)
+            model.fit_weights_(model.responsibilities(out))
+        assert torch.allclose(found, model.log_weights().exp(), atol=1e-5)
+        assert (found > 0.03).sum() > 2
+
+
 def test_a_prior_without_a_mixture_has_no_weights_to_refit(data, monkeypatch, tmp_path):
     path = make_checkpoint(tmp_path / "results" / "run", data, "--prior", "standard", "--flow_length", 0)
     with pytest.raises(UserError, match="--refit_weights: the prior of .* has no mixture"):
