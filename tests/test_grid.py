@@ -313,9 +313,10 @@ def test_variants():
                          (dict(extra=["../x: --lr 1"]), "NAME"), (dict(extra=["--lr 1"]), "NAME")):
         with pytest.raises(UserError, match=words):
             choose(**flags)
-    # Every variant is one that train.py knows.
+    # Every variant is one that train.py takes, whatever is common to all.
     for flags in choose().values():
-        grid.parse_train_flags(flags)
+        train.check_flags(*grid.parse_train_flags(["--lpips_net", "squeeze", "--lpips_weight", "20", "--lpips_linear", "False",
+                                                   *flags]))
 
 
 def some_pair(monkeypatch, variant="VAE", seed=7):
@@ -360,7 +361,8 @@ def test_variants_change_what_their_names_say():
                for name, flags in (grid.VARIANTS | grid.NO_LPIPS).items()}
     assert changes == {"VAE": {"prior": "standard", "flow_length": 0}, "VampVAE": {"flow_length": 0}, "CrossVampVAE": {},
                        "amortised": {"flow_context": "encoder"}, "pushed": {"flow_prior": "pushed"}, "mog": {"prior": "mog"},
-                       "K10": {"num_components": 10}, "K500": {"num_components": 500}, "no_lpips": {"lpips_net": "none"}}
+                       "K10": {"num_components": 10}, "K500": {"num_components": 500},
+                       "no_lpips": {"lpips_net": "none", "lpips_weight": 0}}
 
 
 def test_table_has_finished_pairs_only_variants_in_their_order_and_numbers_as_numbers(tmp_path, capsys):

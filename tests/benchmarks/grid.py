@@ -75,7 +75,7 @@ VARIANTS = {
     "K10": ["--num_components", "10"],
     "K500": ["--num_components", "500"],
 }
-NO_LPIPS = {"no_lpips": ["--lpips_net", "none"]}
+NO_LPIPS = {"no_lpips": ["--lpips_net", "none", "--lpips_weight", "0"]}         # of which the common flags may have another
 
 # Common flags, and flow lengths beside the default one of these flags.
 PRESETS = {"none": ([], [4, 16]), "digits": (["--demo"], [1, 4, 8])}
