@@ -406,7 +406,7 @@ def run_pr(monkeypatch, real, fake, *more):
     seen, out = [], real.parent / "out.json"
     monkeypatch.setattr(PR_Calculate, "InceptionFeatures", lambda device, dims, **_: seen.append(dims) or PooledPixels())
     monkeypatch.setattr(sys, "argv", ["PR_Calculate.py", "--real_dir", str(real), "--fake_dir", str(fake), "--device", "cpu",
-                                      "--pca_dim", "0", "--out", str(out), *map(str, more)])
+                                      "--pca_dim", "0", "--out", str(out), "--overwrite", *map(str, more)])
     PR_Calculate.main()
     return seen, json.loads(out.read_text())
 

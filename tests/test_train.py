@@ -269,7 +269,7 @@ def test_training_fid_equals_pytorch_fid_on_exported_images(monkeypatch, tmp_pat
 
 
 def test_fid_is_measured_every_so_many_epochs_and_at_the_end(data, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "InceptionFeatures", lambda *_: types.SimpleNamespace(key=""))
+    monkeypatch.setattr(train, "InceptionFeatures", lambda *_: types.SimpleNamespace(key="", name="", sha256="", dims=2048))
     monkeypatch.setattr(train, "evaluate_fid", lambda *_: 1.0)
     main(monkeypatch, tmp_path, *data, "--epochs", 5, "--fid_every", 2, "--sample_every", 0, "--no-tensorboard")
     assert [bool(row["fid"]) for row in history(tmp_path / "results/CrossVampVAE")] == [False, True, False, True, True]
