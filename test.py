@@ -485,13 +485,13 @@ def refit_weights(model, data, batch_size):
     device, chosen = next(model.parameters()).device, spread(REFIT_IMAGES, len(data))
     # Whatever --seed: the prior is the model's, and samples of all seeds are of one.
     noise = torch.randn(len(chosen), model.latent_dim, generator=seeded("cpu", 0, "weights"))
-    prior, found, n = model.prior_params(), [], 0
-    for batch in data.batches(chosen.split(batch_size), device):
-        out, _ = latents(model, to_float(batch), noise[n:n + len(batch)].to(device), prior)
+    prior, mine = model.prior_params(), my_batches(len(chosen), batch_size)
+    found = [torch.zeros(0, model.num_components)]              # of more processes than batches some have none
+    for batch, b in zip(data.batches([chosen[b] for b in mine], device), mine):
+        out, _ = latents(model, to_float(batch), noise[b].to(device), prior)
         found.append(model.responsibilities(out).cpu())
-        n += len(batch)
-    model.fit_weights_(gather(torch.cat(found))[0].to(device))                                  # the same for all processes
-    return n
+    model.fit_weights_(torch.cat([share for shares in gather(found) for share in shares]))
+    return len(chosen)
 
 
 @torch.no_grad()

@@ -811,8 +811,10 @@ class CrossFlowVampVAE(nn.Module):
     @torch.no_grad()
     def fit_weights_(self, responsibilities, steps=50):
         """Give the components the weights under which points are likeliest, by EM, everything else staying as it is: a
-        component that none of them needs is drawn no more. responsibilities: the points' under the present weights, (N, K)."""
-        likelihoods = responsibilities.double() / self.log_weights().double().exp().clamp(min=1e-30)      # up to a factor each
+        component that none of them needs is drawn no more. responsibilities: the points' under the present weights, (N, K). On
+        the CPU, as not every device has float64."""
+        # Up to a factor for each point, which cancels.
+        likelihoods = responsibilities.cpu().double() / self.log_weights().cpu().double().exp().clamp(min=1e-30)
         w = likelihoods.new_full((self.num_components,), 1 / self.num_components)
         for _ in range(steps):
             share = likelihoods * w

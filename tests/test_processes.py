@@ -102,10 +102,11 @@ def test_two_processes_train_as_one(fid, device, flags, monkeypatch, tmp_path, f
     assert any(numbers(history(run), "floor_share")) and not all(v == 1 for v in numbers(history(run), "floor_share"))
 
 
-def test_two_processes_export_what_one_does(flags, monkeypatch, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--refit_weights"], ["--refit_weights", "--gen_batch_size", 8]], ids=str)
+def test_two_processes_export_what_one_does(more, flags, monkeypatch, tmp_path):
     main(monkeypatch, tmp_path, *flags, "--epochs", 1)
     common = ["--resume", "results/CrossVampVAE/last.pth", "--num_samples", 1501, "--do_recon", True, "--do_pictures", False,
-              "--gen_batch_size", 64]
+              "--gen_batch_size", 64, *more]
     one = subprocess.run([sys.executable, ROOT / "test.py", *map(str, common), "--export_dir", "one"], cwd=tmp_path)
     two = torchrun(2, *common, "--export_dir", "two", cwd=tmp_path, script="test.py")
     assert one.returncode == two.returncode == 0, two.stderr
