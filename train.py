@@ -601,6 +601,35 @@ class ConvReLU(torch.nn.Module):
         return conv_relu(x.to(self.weight.dtype), self.weight, self.bias, self.stride, self.padding)
 
 
+class HalvedByMax(torch.autograd.Function):
+    """max_pool2d(x, 2), (B, C, 2H, 2W) -> (B, C, H, W), with the same gradients: each value asks whether it was the first of
+    the largest of its four. That the compiler can join to what comes next; PyTorch's own looks the largest up and adds to
+    them, in a float32 tensor of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        a, b, c, d = (x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1))
+        largest = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
+        first = torch.where(a == largest, 0, torch.where(b == largest, 1, torch.where(c == largest, 2, 3)))
+        ctx.save_for_backward(first.to(torch.uint8))
+        return largest
+
+    @staticmethod
+    def backward(ctx, grad):
+        first, = ctx.saved_tensors
+        number = torch.arange(4, dtype=torch.uint8, device=grad.device).view(2, 1, 2)
+        grad = torch.where(first[:, :, :, None, :, None] == number, grad[:, :, :, None, :, None], 0)    # (B, C, H, 2, W, 2)
+        return grad.flatten(4).flatten(2, 3)
+
+
+class MaxPool(torch.nn.MaxPool2d):
+    """Of 2x2 pixels each: (B, C, H, W) -> (B, C, H // 2, W // 2)."""
+
+    def forward(self, x):
+        even = x.shape[2] % 2 == x.shape[3] % 2 == 0
+        return HalvedByMax.apply(x) if even and torch.compiler.is_compiling() else super().forward(x)
+
+
 class WeightedSum(torch.nn.Module):
     """A 1x1 convolution to one channel, without a bias: (B, C, H, W) -> (B, 1, H, W). A product and a sum, which the compiler
     joins to what is around them."""
@@ -623,6 +652,10 @@ def with_fused_layers(lpips):
                 assert conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
                 setattr(layers, name, ConvReLU(conv))
                 setattr(layers, behind, torch.nn.Identity())
+        for name, pool in named:
+            if isinstance(pool, torch.nn.MaxPool2d) and (pool.kernel_size, pool.stride) == (2, 2):
+                assert pool.padding == 0 and pool.dilation == 1 and not pool.ceil_mode
+                setattr(layers, name, MaxPool(2))
     if lpips.library.lpips:                               # weighted channels (linear)
         for i, linear in enumerate(lpips.library.lins):
             lpips.library.lins[i] = WeightedSum(linear.model[-1])
@@ -1058,6 +1091,12 @@ def parts_to_compile(model):
     return [model.encoder, model.decoder, *(model.flow.couplings if model.flow.fold_norms is None else [model.flow.fold_norms])]
 
 
+# Up to how much work the compiler does again rather than write its result to memory and read it back. By its own limits,
+# the backward pass of a norm and the SiLU behind it does the latter with a gradient in float32, where the norm's input and a
+# gradient in bf16 are read once more in any case: the networks' passes would move 1.4 times as much memory.
+DO_AGAIN = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 32, "realize_opcount_threshold": 200}
+
+
 def compile_step(trainer, batch, amp):
     """torch.compile for the parts of the network and for the criterion, tried on a blank batch; eager if that fails. The
     weights stay as they are.
@@ -1066,9 +1105,10 @@ def compile_step(trainer, batch, amp):
     """
     print("compiling   (up to a minute or two; --no-compile starts at once)", flush=True)
     start, eager, parts = time.monotonic(), trainer.criterion, parts_to_compile(trainer.model)
+    networks = {trainer.model.encoder, trainer.model.decoder} if trainer.device.type == "cuda" else ()
     try:
         for part in parts:
-            part.compile(dynamic=False)
+            part.compile(dynamic=False, **({"options": DO_AGAIN} if part in networks else {}))
         trainer.criterion = torch.compile(eager, dynamic=False)
         trainer.model.train()                             # as the steps do, or the first of them would compile it again
         x, eps = prepared(batch, None), torch.zeros(len(batch), trainer.args.latent_dim, device=trainer.device)

@@ -397,8 +397,10 @@ def test_fused_lpips_is_lpips(net, layers, linear):
     fused = train.with_fused_layers(lpips)
     assert sum(isinstance(m, train.ConvReLU) for m in fused.modules()) == layers
     assert sum(isinstance(m, train.WeightedSum) for m in fused.modules()) == linear * len(lpips.library.chns)
+    assert sum(isinstance(m, train.MaxPool) for m in fused.modules()) == (4 if net == "vgg" else 0)   # others: of 3x3 pixels
     assert not any(isinstance(m, torch.nn.ReLU) for m in fused.modules()) or net == "squeeze"       # of its Fire modules
-    assert not any(isinstance(m, (train.ConvReLU, train.WeightedSum)) for m in lpips.modules())     # the copy alone
+    new = (train.ConvReLU, train.WeightedSum, train.MaxPool)
+    assert not any(isinstance(m, new) for m in lpips.modules())                                     # the copy alone
     shape = (2, 3, 32, 32) if net == "vgg" else (2, 3, 64, 64)
     x, recon = (2 * torch.rand(2, *shape, generator=generator) - 1).unbind()
     wanted, found = lpips_results(lpips, x, recon), lpips_results(copy.deepcopy(fused).float(), x, recon)
@@ -418,6 +420,41 @@ def test_the_operation_of_fused_lpips_is_a_proper_one(stride, padding):
     assert found.is_contiguous(memory_format=torch.channels_last) and torch.allclose(found, wanted, atol=1e-6)
     grad = torch.randn(found.shape)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, wanted)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_for_the_compiler_is_pooling(layout, monkeypatch):
+    """Bit for bit, also where several of four are the largest, as after a ReLU, and where a row and a column are left over."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 8, 6, 10), (2, 5, 7, 9)):
+        x = torch.randn(shape, generator=generator).relu().mul(2).round().bfloat16().to(memory_format=layout).requires_grad_()
+        wanted = torch.nn.functional.max_pool2d(x, 2)
+        grad = torch.randn(wanted.shape, generator=generator).bfloat16()
+        works, calls = train.HalvedByMax.apply, []
+        with monkeypatch.context() as compiling:
+            compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+            compiling.setattr(train.HalvedByMax, "apply", lambda x: calls.append(x) or works(x))
+            found = train.MaxPool(2)(x)
+        assert len(calls) == (shape[2] % 2 == 0) and torch.equal(found, wanted)
+        assert torch.equal(torch.autograd.grad(found, x, grad)[0], torch.autograd.grad(wanted, x, grad)[0])
+
+
+def test_fused_lpips_compiled_is_the_same():
+    """As the compiler takes it apart, gradients included; each of the four poolings is the one that is made for it."""
+    fused, generator, graphs = train.with_fused_layers(random_lpips(net="vgg")), torch.Generator().manual_seed(0), []
+    x, recon = (2 * torch.rand(2, 2, 3, 32, 32, generator=generator) - 1).unbind()
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    found = lpips_results(torch.compile(fused, backend=backend, fullgraph=True), x, recon)
+    torch._dynamo.reset()
+    for a, b in zip(found, lpips_results(fused, x, recon)):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max()) and b.norm() > 0
+    code = "".join(module.code for module in graphs[0].modules() if isinstance(module, torch.fx.GraphModule))
+    assert "max_pool2d" not in code and code.count("torch.maximum(") == 3 * 4 * 2            # of both images
 
 
 def trainer_with_lpips(device="cpu"):
@@ -518,6 +555,23 @@ def test_parts_are_one_graph_each_without_recompiling(flags, amp):
     assert trainer.step == 4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4       # encoder, decoder, coupling, loss
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("device, told", [("cpu", []), ("cuda", ["encoder", "decoder"])])
+def test_what_the_compiler_is_told(monkeypatch, capsys, device, told):
+    """For a GPU, options that it knows."""
+    assert set(train.DO_AGAIN) <= set(torch._inductor.list_options())
+    args, calls = flags_of(), {}
+    model = CrossFlowVampVAE(**train.model_args_of(args))
+    trainer = train.Trainer(args, model, None, 3, args.batch_size, None, "")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.update({self: options}))
+    monkeypatch.setattr(torch, "compile", lambda work, **_: work)
+    trainer.device = torch.device(device)                                    # where there is none, this ends in a note
+    train.compile_step(trainer, torch.zeros(4, 3, 16, 16), False)
+    assert {part: options.pop("options", None) for part, options in calls.items()} == {
+        part: train.DO_AGAIN if name.partition(".")[0] in told else None
+        for name, part in model.named_modules() if part in train.parts_to_compile(model)}
+    assert all(options == {"dynamic": False} for options in calls.values())
 
 
 @pytest.mark.parametrize("flags", [(), ("--amp", "bf16")], ids=" ".join)
