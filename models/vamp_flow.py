@@ -1237,9 +1237,11 @@ class FusedCouplings(torch.autograd.Function):
                 empty(*per_block, E), empty(*per_block, 2 * E), empty(*per_block, M)]
         scales = [*(empty(*per_conditioner, dtype=torch.float32) for _ in range(2)),
                   *(empty(*per_block, dtype=torch.float32) for _ in range(2))]
-        # (Fastest on an H100 of what was tried: for few rows as many programs as they make, for many half of them.)
-        rows, warps = (16, 8) if N <= 2048 else (32, 4)
-        sizes = sizes | dict(D=D, E=E, M=M, BLOCKS=blocks, IMAGES=max(1, rows // sizes["T"]), num_warps=warps, num_stages=3)
+        # (Fastest on an H100 of what was tried: for few rows as many programs as they make, for many half of them. The matrices
+        # of wider tokens fit into a program's memory one at a time: compiled for it, not timed.)
+        rows, warps, stages = (16, 8, 1) if E > 128 else (16, 8, 3) if N <= 2048 else (32, 4, 3)
+        sizes = sizes | dict(D=D, E=E, M=M, BLOCKS=blocks, IMAGES=max(1, rows // sizes["T"]), num_warps=warps,
+                             num_stages=stages)
         grid = (-(-N // (sizes["IMAGES"] * sizes["T"])),)
         for layer in range(L):
             _layer_forward[grid](layer, B, perms, z, s, *weights, x, *kept, *scales, **sizes, KEEP=keep)

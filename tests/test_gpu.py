@@ -366,9 +366,9 @@ class NamedGPU:
 
 
 @pytest.mark.parametrize("capability, shared, batch, sizes", [
-    (86, 99, 128, dict(dim=128)), (86, 99, 1024, dict(dim=128)),                                # RTX 3090: the least memory
-    (90, 227, 128, dict(dim=128)), (90, 227, 1024, dict(dim=128)),                              # H100
-    (90, 227, 64, dict(dim=16, seq_len=2, embed_dim=32, heads=2, layers=1))], ids=str)          # and the demo's flow
+    (86, 99, 128, dict(dim=128)), (86, 99, 1024, dict(dim=128)), (86, 99, 1024, dict(dim=128, embed_dim=256)),    # RTX 3090
+    (90, 227, 128, dict(dim=128)), (90, 227, 1024, dict(dim=128)),                                                # H100
+    (90, 227, 64, dict(dim=16, seq_len=2, embed_dim=32, heads=2, layers=1))], ids=str)                            # the demo's
 def test_kernels_compile_for_gpus(capability, shared, sizes, batch, monkeypatch, tmp_path):
     """To machine code, with no GPU, from the arguments that they are called with; they fit into its shared memory (KB)."""
     pytest.importorskip("triton")
@@ -406,7 +406,7 @@ def test_kernels_compile_for_gpus(capability, shared, sizes, batch, monkeypatch,
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 37, 128])
 @pytest.mark.parametrize("sizes", [{}, dict(dim=16, length=2, seq_len=2, embed_dim=32, heads=2, layers=1),
-                                   dict(dim=96, length=2, embed_dim=64, heads=2)], ids=str)
+                                   dict(dim=96, length=2, embed_dim=64, heads=2), dict(length=2, embed_dim=256)], ids=str)
 def test_kernels_on_a_gpu(sizes, batch):
     """In bf16 as near to float32 as autocast is, and the same bits every time; training uses them, the rest does not."""
     flow = BiCrossAttnFlow(**{"dim": 128, **sizes}).cuda()
