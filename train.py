@@ -184,7 +184,8 @@ def build_parser():
     group.add_argument("--data_cache", action=switch, default=True,
                        help="keep many decoded image files in save_dir/data_cache, so that the next start need not decode")
     group.add_argument("--flip", action=switch, default=None, help="random horizontal flips (default: on, digits off)")
-    group.add_argument("--val_images", type=int, default=0, help="held-out images used for validation, 0 = all")
+    group.add_argument("--val_images", type=int, default=2000,
+                       help="held-out images, evenly spread, for the validation after every epoch; 0 = all")
 
     group = parser.add_argument_group("model")
     group.add_argument("--fit_prior", metavar="PATH", default=None,
@@ -602,9 +603,9 @@ class ConvReLU(torch.nn.Module):
 
 
 class HalvedByMax(torch.autograd.Function):
-    """max_pool2d(x, 2), (B, C, 2H, 2W) -> (B, C, H, W), with the same gradients: each value asks whether it was the first of
-    the largest of its four. That the compiler can join to what comes next; PyTorch's own looks the largest up and adds to
-    them, in a float32 tensor of its own."""
+    """max_pool2d(x, 2), (B, C, 2H, 2W) -> (B, C, H, W), with the same gradients: each value asks whether it is the first
+    largest of its four, which the compiler can fuse with what follows. PyTorch's own backward pass scatters into a float32
+    tensor of its own."""
 
     @staticmethod
     def forward(ctx, x):
@@ -693,9 +694,14 @@ def fuse_lpips(trainer, blank):
         fused = with_fused_layers(trainer.lpips)
         error, allowed = check_fused_lpips(trainer.lpips, fused, (min(len(blank), 32), *blank.shape[1:]))
         require_near(error, allowed)
-        trainer.lpips, trainer.criterion = fused, functools.partial(loss_parts, trainer.args, trainer.model, fused)
+        problem = ""
     except Exception as e:                                # as for the flow's kernels
-        print(f"note: the fused layers of LPIPS do not work here ({one_line(e)}); going on without them")
+        problem = one_line(e)
+    problem = max(gather(problem))
+    if problem:
+        print(f"note: the fused layers of LPIPS do not work here ({problem}); going on without them")
+    else:
+        trainer.lpips, trainer.criterion = fused, functools.partial(loss_parts, trainer.args, trainer.model, fused)
 
 
 def reconstruction_error(args, lpips, x, recon):
@@ -1077,12 +1083,20 @@ def can_fuse_lpips(args, device, amp):
 
 def fuse_flow(flow, batch_size):
     """Let Triton's kernels train the flow, if they compute here what its layers do; a note says if not."""
+    print("kernels     for the flow (compiled at their first use)", flush=True)
+    start = time.monotonic()
     try:
         error, allowed = check_fused(flow, batch_size)
         require_near(error, allowed)
-        flow.fold_norms = FoldNorms(torch.bfloat16)
+        problem = ""
     except Exception as e:                                # as for the compiler, below
-        print(f"note: the flow's kernels do not work here ({one_line(e)}); going on without them")
+        problem = one_line(e)
+    problem = max(gather(problem))                        # all processes use them, or none
+    if problem:
+        print(f"note: the flow's kernels do not work here ({problem}); going on without them")
+    else:
+        flow.fold_norms = FoldNorms(torch.bfloat16)
+        print(f"kernels     checked against its layers, in {time.monotonic() - start:.0f} s")
 
 
 def parts_to_compile(model):
@@ -1092,8 +1106,8 @@ def parts_to_compile(model):
 
 
 # Up to how much work the compiler does again rather than write its result to memory and read it back. By its own limits,
-# the backward pass of a norm and the SiLU behind it does the latter with a gradient in float32, where the norm's input and a
-# gradient in bf16 are read once more in any case: the networks' passes would move 1.4 times as much memory.
+# the backward pass of a norm and the SiLU behind it writes a float32 gradient to memory, though what it is computed from is
+# read again anyway: the networks' passes would move 1.4 times as much memory.
 DO_AGAIN = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 32, "realize_opcount_threshold": 200}
 
 
@@ -1107,8 +1121,10 @@ def compile_step(trainer, batch, amp):
     start, eager, parts = time.monotonic(), trainer.criterion, parts_to_compile(trainer.model)
     networks = {trainer.model.encoder, trainer.model.decoder} if trainer.device.type == "cuda" else ()
     try:
+        known = torch._inductor.list_options()
+        options = {name: value for name, value in DO_AGAIN.items() if name in known}           # another version may lack one
         for part in parts:
-            part.compile(dynamic=False, **({"options": DO_AGAIN} if part in networks else {}))
+            part.compile(dynamic=False, **({"options": options} if part in networks else {}))
         trainer.criterion = torch.compile(eager, dynamic=False)
         trainer.model.train()                             # as the steps do, or the first of them would compile it again
         x, eps = prepared(batch, None), torch.zeros(len(batch), trainer.args.latent_dim, device=trainer.device)
@@ -1677,14 +1693,16 @@ def cpu_computes_bf16():
 
 def settle(args, device):
     """Set torch up as the flags say (threads, determinism, seed), and decide for this device on channels_last and cuda_graph,
-    in args, and on bf16 autocast: returned. Raises UserError where the device lacks it."""
+    in args, and on bf16 autocast: returned."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.amp == "bf16" and device.type == "mps":
-        raise UserError("--amp bf16: not supported on MPS")
+        print("note: --amp bf16 is not supported on MPS; going on in float32")
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)      # else bf16 is emulated
     if device.type == "cpu" and args.amp == "bf16" and cpu_computes_bf16() is False:
         print("note: --amp bf16 is many times slower than float32 on this CPU, which has no instructions for it (avx512_bf16)")
+    if device.type == "cuda" and args.amp == "bf16" and not native:
+        print("note: --amp bf16 is slower than float32 on this GPU, which only emulates it")
     with_lpips = args.lpips_net != "none" and not args.fit_prior          # a second stage only measures with it
     if device.type == "cpu" and args.amp == "auto" and with_lpips and cpu_computes_bf16():
         print("note: this CPU computes in bf16 too: with --amp bf16 --channels_last a step takes about two thirds of the time")
@@ -1698,7 +1716,7 @@ def settle(args, device):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic   # every step has the same shapes: worth a search, once each
     torch.manual_seed(args.seed)
-    return args.amp == "bf16" or (args.amp == "auto" and native)
+    return (args.amp == "bf16" and device.type != "mps") or (args.amp == "auto" and native)
 
 
 def require_first_stages_data(args, given, first, data):
@@ -1720,6 +1738,10 @@ def train(stack):
     args, given = parse_args()
     device = join_processes(args.device)
     checkpoint, resumed_from, seen = resolve_resume(args, given)
+    found = gather(None if checkpoint is None else checkpoint["step"])
+    if len(set(found)) > 1:
+        raise UserError(f"--save_dir {args.save_dir}: the processes find checkpoints of steps {found} there (None: no "
+                        "checkpoint); it must be one folder that all machines share")
     first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
     if args.flip is None:
         args.flip = args.dataset != "digits"

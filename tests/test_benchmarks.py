@@ -34,9 +34,11 @@ SCRIPTS = {                     # flags, cases of the lines, those that are set 
     "bench_fid --variants": (["--variants", "--images", 4, "--dims", 64, "--rounds", 1, "--device", "cpu"],
                              [f"fid features: {number}{search}, {layout}" for number in ("float32", "TF32")
                               for search in ("", ", search") for layout in ("contiguous_format", "channels_last")], set()),
-    "bench_train": ([*NETWORK, "--img_size", 16, "--rounds", 1, "--parts", "--profile", "layout", "--cases", "plain", "layout"],
-                    ["plain", "layout", "part: encoder", "part: flow", "part: prior with its pseudo-inputs", "part: decoder",
-                     "part: LPIPS", "part: clipping, optimiser and EMA", "profile: layout"], {"layout"}),
+    "bench_train": ([*NETWORK, "--img_size", 16, "--rounds", 1, "--beside", "--parts", "--profile", "layout",
+                     "--cases", "plain", "layout"],
+                    ["plain", "layout", "validation", "checkpoint", "part: encoder", "part: flow",
+                     "part: prior with its pseudo-inputs", "part: decoder", "part: LPIPS",
+                     "part: clipping, optimiser and EMA", "profile: layout"], {"layout"}),
     "bench_scaling": ([*NETWORK, "--lpips_net", "none", "--rounds", 1, "--batch_sizes", 2, "--components", 3, 5,
                        "--flow_lengths", 0, "--images", 130, "--dims", 8],
                       ["batch", "batch", "components", "components", "flow", "images", "images", "images"], set()),
@@ -90,7 +92,28 @@ def test_stand_in_is_what_lpips_loads(tmp_path, monkeypatch):
 
 
 def test_every_benchmark_is_tested():
-    assert {p.stem for p in FOLDER.glob("bench_*.py")} == {name.split()[0] for name in SCRIPTS}
+    assert {p.stem for p in FOLDER.glob("bench_*.py")} == {name.split()[0] for name in SCRIPTS} | {"bench_compiled"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="written for PyTorch 2.14")
+def test_what_the_compiler_generates_moves_less_memory():
+    """Than with its own limits, in the same parts."""
+    found = {}
+    for flags in ([], ["--own_limits"]):
+        done = run_script("tests/benchmarks/bench_compiled.py", "--batch_size", 64, "--hidden_dims", 16, 32, 64, *flags)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [line["case"] for line in lines] == ["products", *(f"{part}, {way}" for part in ("encoder", "decoder", "LPIPS")
+                                                                  for way in ("forward", "backward")), "all"]
+        assert lines[0]["at_least_ms"] > lines[0]["by_arithmetic_ms"] > 0
+        parts, total = lines[1:-1], lines[-1]
+        assert total["kernels"] == sum(line["kernels"] for line in parts)
+        assert total["gigabytes"] == pytest.approx(sum(line["gigabytes"] for line in parts), rel=1e-2)
+        found[bool(flags)] = {line["case"]: line["gigabytes"] for line in parts}
+    for part in ("encoder", "decoder"):
+        assert found[False][f"{part}, backward"] < 0.8 * found[True][f"{part}, backward"]
+    assert found[False]["LPIPS, forward"] == found[True]["LPIPS, forward"]
 
 
 def test_report_of_known_times(monkeypatch, capsys):

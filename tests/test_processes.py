@@ -188,24 +188,44 @@ def test_three_processes_with_a_streamed_data_set_train_as_one(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_that_fails_ends_all_with_its_message(flags, tmp_path):
+@pytest.mark.parametrize("end, said", [("raise train.UserError('no more of this')", "error: process 1: no more of this"),
+                                       ("raise RuntimeError('our fault')", "RuntimeError: our fault"),
+                                       ("os.kill(os.getpid(), 9)", "SIGKILL")], ids=["error", "traceback", "killed"])
+def test_one_process_that_fails_ends_all_with_its_message(end, said, flags, monkeypatch, tmp_path):
+    """In the second epoch, of seven steps; then as many go on, or one, or three, to what would have come without."""
+    flags = [*flags, "--batch_size", 6]
     (tmp_path / "wrapped.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 step = train.train_step
 def failing(trainer, *rest):
-    if trainer.step == 3 and os.environ["RANK"] == "1":
-        raise train.UserError("no more of this")
+    if trainer.step == 9 and os.environ["RANK"] == "1":
+        {end}
     step(trainer, *rest)
 train.train_step = failing
 train.run(train.main)
 """)
     done = torchrun(2, *flags, cwd=tmp_path, script=tmp_path / "wrapped.py")
-    assert done.returncode != 0 and "error: process 1: no more of this" in done.stderr
+    run = tmp_path / "results/CrossVampVAE"
+    assert done.returncode != 0 and said in done.stderr, done.stderr
+    assert len(history(run)) == 1 and weights(run / "last.pth")["step"] == 7
     assert torchrun(2, *flags, "--resume", "auto", "--overwrite", cwd=tmp_path).returncode != 0     # both at once make no sense
-    again = torchrun(2, *flags, "--resume", "auto", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    main(monkeypatch, tmp_path, *flags, "--exp_name", "whole")
+    for processes in (1, 3) if said == "SIGKILL" else (2,):
+        name = f"by_{processes}"
+        shutil.copytree(run, tmp_path / "results" / name)
+        again = torchrun(processes, *flags, "--resume", f"results/{name}/last.pth", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert_close_runs(tmp_path / "results/whole", tmp_path / "results" / name)
+
+
+def test_machines_without_a_common_folder_are_told(flags, monkeypatch, tmp_path):
+    """Of which one would go on from its checkpoint, and the other start anew."""
+    main(monkeypatch, tmp_path, *flags, "--stop_epoch", 1)
+    monkeypatch.setattr(train, "gather", lambda value: [value, None])
+    with pytest.raises(UserError, match=r"--save_dir .*the processes find checkpoints of steps \[\d+, None\] there"):
+        main(monkeypatch, tmp_path, *flags, "--resume", "auto")
 
 
 def test_batch_that_cannot_be_shared_is_refused(flags, monkeypatch, tmp_path):

@@ -237,7 +237,7 @@ def test_defaults_are_the_published_recipe_and_presets_what_the_readme_trained()
         logvar_clamp=[-10.0, 10.0],
         recon_loss="l1", lpips_net="vgg", lpips_weight=100.0, balance=0.0, beta_max=0.2, warmup_epochs=20, free_bits=0.5,
         epochs=1000, batch_size=128, lr=1e-4, lr_min=0.0, weight_decay=1e-4, adam_betas=[0.9, 0.999], grad_clip=5000.0,
-        skip_grad_norm=0.0, ema_decay=0.999, fid_every=10, fid_samples=10000, fid_dims=2048, val_images=0, seed=0).items()
+        skip_grad_norm=0.0, ema_decay=0.999, fid_every=10, fid_samples=10000, fid_dims=2048, val_images=2000, seed=0).items()
     demo, gmm = train.DEMO, train.PRESETS["gmm"]
     assert (demo["lr"], demo["beta_max"], demo["free_bits"], demo["ema_decay"], demo["epochs"]) == (2e-3, 0.4, 0.0, 0.99, 30)
     assert train.PRESETS["best"] == dict(decode_from="z0", prior="mog", mixture_weights="learned", free_bits=0.0,

@@ -14,16 +14,19 @@ Cases
     no_compile  the same with --no-compile
     no_fused_flow    the same with --no-fused_flow
     no_fused_lpips   the same with --no-fused_lpips
+    own_limits  the same, compiled without train.DO_AGAIN
     compile  float32 with --channels_last --compile
     bf16     --amp bf16 --channels_last, else as eager: for a CPU that computes in bf16
 
 One JSON line for each case (report.py says what stands in it), with the share of the device's measured matrix rate that the
-counted operations come to. --parts: a line for each part of a step, forward and backward by itself, not compiled (on a GPU a
-CUDA graph), with the precision and layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the longest
-operations (on a GPU its kernels): each one's share of the time of all, how often a step has it, and the share of the wall
-clock in which any ran (busy; more than 1 where several run at once). LPIPS has the network of VGG16 with random weights: the
-arithmetic is the same, and nothing is downloaded. The images are random: their content changes no speed. Flags of train.py
-(--hidden_dims, ...) are taken too.
+counted operations come to (matrix_rate_share; tflops and matrix_tflops are the two rates). --beside: a line for what a run
+does between its steps, the validation on --val_images held-out images and a checkpoint (FID has bench_fid.py). --parts: a
+line for each part of a step, forward and backward by itself, not compiled (on a GPU a CUDA graph), with the precision and
+layout of `fast`; the shares are of the parts' sum. --profile CASE: a line with the longest operations (on a GPU its
+kernels): each one's share of the time of all, how often a step has it, and the share of the wall clock in which any ran
+(busy; more than 1 where several run at once). LPIPS has the network of VGG16 with random weights: the arithmetic is the
+same, and nothing is downloaded. The images are random: their content changes no speed. Flags of train.py (--hidden_dims,
+...) are taken too.
 """
 import argparse
 import collections
@@ -31,8 +34,11 @@ import contextlib
 import copy
 import statistics
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,7 +53,8 @@ SETTINGS = {"eager": (False,) * 6, "layout": (False, True, False, False, False, 
             "compile": (False, True, True, False, False, False), "bf16": (True, True, False, False, False, False),
             "fast": (None,) * 6,
             "no_graph": (None, None, None, False, None, None), "no_compile": (None, None, False, None, None, None),
-            "no_fused_flow": (None, None, None, None, False, None), "no_fused_lpips": (None, None, None, None, None, False)}
+            "no_fused_flow": (None, None, None, None, False, None), "no_fused_lpips": (None, None, None, None, None, False),
+            "own_limits": (None,) * 6}
 
 
 def random_lpips():
@@ -193,8 +200,8 @@ def parts_of_step(trainer, amp):
 
 
 def matrix_rate(device, amp):
-    """Measured TFLOP/s of a large matrix product in the case's precision, which for float32 on a GPU is the TF32 of its
-    convolutions."""
+    """Measured TFLOP/s of a large matrix product: on a GPU in the case's precision, which for float32 is the TF32 of its
+    convolutions; on a CPU in float32 always."""
     torch.backends.cuda.matmul.allow_tf32 = True
     n, dtype = (8192, torch.bfloat16 if amp else torch.float32) if device.type == "cuda" else (1536, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -219,6 +226,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no_lpips", action="store_true")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--beside", action="store_true", help="lines for the validation and a checkpoint too")
     parser.add_argument("--parts", action="store_true", help="a line for each part of a step too")
     parser.add_argument("--profile", default=None, choices=("plain", *SETTINGS),
                         help="the longest operations of one of the cases")
@@ -242,8 +250,9 @@ def main():
                 for name, flags_of_case in SETTINGS.items()}
     runs = {}
     for case in args.cases:
-        runs[case] = (Plain(args, flags, images, lpips, device) if case == "plain" else
-                      Fast(args, flags, images, lpips, device, *settings[case]))
+        with mock.patch.object(train, "DO_AGAIN", {} if case == "own_limits" else train.DO_AGAIN):
+            runs[case] = (Plain(args, flags, images, lpips, device) if case == "plain" else
+                          Fast(args, flags, images, lpips, device, *settings[case]))
         runs[case].run(3)                                       # warm-up: kernels chosen, workers started
     steps = args.steps or (100 if cuda else 2)
     count = steps * args.batch_size
@@ -251,10 +260,22 @@ def main():
     about = {"batch_size": args.batch_size, "lpips": "none" if args.no_lpips else "vgg, random weights"}
     for case, timing in timings.items():
         rate = count / statistics.median(timing.seconds) * each / 1e3
+        top = matrix_rate(device, case != "plain" and settings[case][0])
         report(case, count, timing, device, timings.get("plain") if case != "plain" else None,
                rates=[rounded(count / t) for t in timing.seconds], gflop_each=rounded(each),
-               matrix_rate_share=rounded(rate / matrix_rate(device, case != "plain" and settings[case][0])),
+               tflops=rounded(rate), matrix_tflops=rounded(top), matrix_rate_share=rounded(rate / top),
                **runs[case].about, **about)
+    if args.beside:
+        held_out = MemoryImages(images[:flags.val_images or None], device)
+        flags.eval_batch_size = flags.eval_batch_size or train.images_at_a_time(flags.img_size)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(args, flags, images, lpips, device, settings["fast"][1])
+            trainer.folder = Path(folder)
+            going_on = types.SimpleNamespace(signum=None)
+            works = (lambda: train.evaluate(trainer, trainer.lpips, held_out, going_on)), trainer.save
+            validation, checkpoint = take_turns(works, args.rounds, device)
+            report("validation", len(held_out), validation, device, **about)
+            report("checkpoint", 1, checkpoint, device, **about)
     if args.parts:
         amp, layout, *_ = settings["fast"]
         trainer = make_trainer(args, flags, images, lpips, device, layout)

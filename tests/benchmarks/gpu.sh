@@ -13,16 +13,16 @@ shift
 cd "$(dirname "$0")/../.."
 declare -A steps=(
     [tests]="-m pytest -n 0 -rs -m gpu tests/test_gpu.py tests/test_train.py tests/test_processes.py"
-    [step_128]="bench_train.py --cases plain fast --steps 30 --rounds 3 --parts --profile fast"
+    [step_128]="bench_train.py --cases plain fast --steps 30 --rounds 3 --beside --parts --profile fast"
     [step_1024]="bench_train.py --cases plain fast --steps 15 --rounds 3 --parts --profile fast --batch_size 1024"
-    [no_fused_1024]="bench_train.py --cases fast no_fused_flow no_fused_lpips --steps 15 --rounds 3 --batch_size 1024"
+    [variants_1024]="bench_train.py --cases fast own_limits no_fused_flow no_fused_lpips --steps 15 --rounds 3 --batch_size 1024"
     [fid]="bench_fid.py --images 25000 --rounds 1 --batch_size 500 --device cuda"
     [fid_variants]="bench_fid.py --images 5000 --rounds 2 --batch_size 500 --device cuda --variants"
     [precision_recall]="bench_pr.py --n 50000 --m 50000 --dims 2048 --device cuda --runs 2"
     [export]="bench_export.py --device cuda --images 10000 --threads 8 --repeat 2"
     [scaling]="bench_scaling.py --rounds 3 --device cuda"
 )
-order=(tests step_128 step_1024 fid fid_variants precision_recall export scaling no_fused_1024)
+order=(tests step_128 step_1024 fid fid_variants precision_recall export scaling variants_1024)
 [ $# -eq 0 ] || order=("$@")
 for step in "${order[@]}"; do
     [ -n "${steps[$step]:-}" ] || { echo "no step $step; there are: ${!steps[*]}" >&2; exit 2; }

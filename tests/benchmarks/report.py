@@ -109,6 +109,8 @@ def report(case, count, timing, device, plain=None, plain_count=None, **more):
 def print_line(line, device):
     """A line that says where it was measured; returns it."""
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+    if device.type == "cuda":
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": version("triton")}
     line = {**line, "device": device_name(device), "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), **versions}}
     print(json.dumps(line), flush=True)
