@@ -103,7 +103,7 @@ LPIPS_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", 
 DEMO = dict(exp_name="demo", dataset="digits", img_size=16, hidden_dims=[32, 64], latent_dim=16, num_components=50,
             flow_length=2, flow_seq_len=2, flow_embed_dim=32, flow_heads=2, flow_layers=1, lpips_net="none", fid_every=0,
             epochs=30, warmup_epochs=0, beta_max=0.4, free_bits=0.0, lr=2e-3, ema_decay=0.99, batch_size=64,
-            sample_every=10, threads=1)
+            val_images=0, sample_every=10, threads=1)
 
 # What --preset changes in the default recipe; --demo and any flag beside it still win. best: the last halving, to 2x2
 # pixels of 32, costs time and quality. gmm: a second stage, the Gaussian mixture of Ghosh et al. 2020; gmm_flow: with a flow
@@ -1702,7 +1702,7 @@ def settle(args, device):
     if device.type == "cpu" and args.amp == "bf16" and cpu_computes_bf16() is False:
         print("note: --amp bf16 is many times slower than float32 on this CPU, which has no instructions for it (avx512_bf16)")
     if device.type == "cuda" and args.amp == "bf16" and not native:
-        print("note: --amp bf16 is slower than float32 on this GPU, which only emulates it")
+        print("note: --amp bf16 may be slower than float32 on this GPU, which only emulates it")
     with_lpips = args.lpips_net != "none" and not args.fit_prior          # a second stage only measures with it
     if device.type == "cpu" and args.amp == "auto" and with_lpips and cpu_computes_bf16():
         print("note: this CPU computes in bf16 too: with --amp bf16 --channels_last a step takes about two thirds of the time")
@@ -1740,29 +1740,29 @@ def train(stack):
     checkpoint, resumed_from, seen = resolve_resume(args, given)
     found = gather(None if checkpoint is None else checkpoint["step"])
     if len(set(found)) > 1:
-        raise UserError(f"--save_dir {args.save_dir}: the processes find checkpoints of steps {found} there (None: no "
-                        "checkpoint); it must be one folder that all machines share")
+        raise UserError(f"--resume {args.resume}: the processes find checkpoints of steps {found} (None: none); --save_dir "
+                        "must be one folder that all machines share")
     first_stage = read_first_stage(args, given) if args.fit_prior and checkpoint is None else None
     if args.flip is None:
         args.flip = args.dataset != "digits"
     args.in_channels = args.in_channels or (1 if args.dataset == "digits" else 3)
     args.eval_batch_size = args.eval_batch_size or images_at_a_time(args.img_size)
     check_flags(args, given, fresh=checkpoint is None)
-    amp = settle(args, device)
+    amp = all(gather(settle(args, device)))
     if checkpoint is not None and checkpoint["model_args"] != model_args_of(args):
         raise UserError(f"{resumed_from}: its args and its model_args describe two models; not a checkpoint of train.py")
     try:
         model = CrossFlowVampVAE(**model_args_of(args))
     except ValueError as e:
         raise UserError(f"the model's flags do not fit: {e}") from None
-    fusible = can_fuse_flow(model.flow, device, amp)
+    fusible = all(gather(can_fuse_flow(model.flow, device, amp)))          # all processes, or none
     if args.fused_flow and not fusible:
         print("note: --fused_flow needs a CUDA GPU, bf16, Triton and a flow whose sizes are powers of two; going on without it")
     args.fused_flow = fusible and args.fused_flow is not False
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     lpips = build_lpips(args.lpips_net, args.lpips_linear, device, (args.in_channels, args.img_size, args.img_size),
                         memory_format)
-    fusible = can_fuse_lpips(args, device, amp)
+    fusible = all(gather(can_fuse_lpips(args, device, amp)))
     if args.fused_lpips and not fusible:
         print("note: --fused_lpips needs LPIPS in the training, a CUDA GPU, bf16 and no --deterministic; going on without it")
     args.fused_lpips = fusible and args.fused_lpips is not False

@@ -35,10 +35,10 @@ SCRIPTS = {                     # flags, cases of the lines, those that are set 
                              [f"fid features: {number}{search}, {layout}" for number in ("float32", "TF32")
                               for search in ("", ", search") for layout in ("contiguous_format", "channels_last")], set()),
     "bench_train": ([*NETWORK, "--img_size", 16, "--rounds", 1, "--beside", "--parts", "--profile", "layout",
-                     "--cases", "plain", "layout"],
-                    ["plain", "layout", "validation", "checkpoint", "part: encoder", "part: flow",
+                     "--cases", "plain", "layout", "own_limits"],
+                    ["plain", "layout", "own_limits", "validation", "checkpoint", "part: encoder", "part: flow",
                      "part: prior with its pseudo-inputs", "part: decoder", "part: LPIPS",
-                     "part: clipping, optimiser and EMA", "profile: layout"], {"layout"}),
+                     "part: clipping, optimiser and EMA", "profile: layout"], {"layout", "own_limits"}),
     "bench_scaling": ([*NETWORK, "--lpips_net", "none", "--rounds", 1, "--batch_sizes", 2, "--components", 3, 5,
                        "--flow_lengths", 0, "--images", 130, "--dims", 8],
                       ["batch", "batch", "components", "components", "flow", "images", "images", "images"], set()),

@@ -627,7 +627,7 @@ def test_parts_are_one_graph_each_without_recompiling(flags, amp):
 
 @pytest.mark.parametrize("device, told", [("cpu", []), ("cuda", ["encoder", "decoder"])])
 def test_what_the_compiler_is_told(monkeypatch, capsys, device, told):
-    """For a GPU, options that it knows; what it does not know is left out, as it would refuse all for it."""
+    """For a GPU, options that it knows; others are left out, since one of them makes torch.compile refuse all."""
     config = torch._inductor.config
     for name, default in zip(train.DO_AGAIN, (4, 8, 30)):                    # (of some versions, None is the default)
         assert name in torch._inductor.list_options() and train.DO_AGAIN[name] > (getattr(config, name) or default)

@@ -192,7 +192,7 @@ def test_three_processes_with_a_streamed_data_set_train_as_one(flags, tmp_path):
                                        ("raise RuntimeError('our fault')", "RuntimeError: our fault"),
                                        ("os.kill(os.getpid(), 9)", "SIGKILL")], ids=["error", "traceback", "killed"])
 def test_one_process_that_fails_ends_all_with_its_message(end, said, flags, monkeypatch, tmp_path):
-    """In the second epoch, of seven steps; then as many go on, or one, or three, to what would have come without."""
+    """In the second epoch, of seven steps each; resumed by two, one or three processes it ends as an undisturbed run."""
     flags = [*flags, "--batch_size", 6]
     (tmp_path / "wrapped.py").write_text(f"""
 import os, sys
@@ -224,7 +224,7 @@ def test_machines_without_a_common_folder_are_told(flags, monkeypatch, tmp_path)
     """Of which one would go on from its checkpoint, and the other start anew."""
     main(monkeypatch, tmp_path, *flags, "--stop_epoch", 1)
     monkeypatch.setattr(train, "gather", lambda value: [value, None])
-    with pytest.raises(UserError, match=r"--save_dir .*the processes find checkpoints of steps \[\d+, None\] there"):
+    with pytest.raises(UserError, match=r"--resume auto: the processes find checkpoints of steps \[\d+, None\]"):
         main(monkeypatch, tmp_path, *flags, "--resume", "auto")
 
 

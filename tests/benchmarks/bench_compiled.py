@@ -5,7 +5,8 @@
 
 Encoder, decoder and LPIPS-VGG with its fused layers, forward and backward, are traced on the CPU on tensors without contents,
 in bf16 and channels_last, and PyTorch's Inductor generates its code for an H100 that is not there. A JSON line each: the
-kernels that it starts, and the gigabytes that they read and write by its own note (kernel_num_gb). The convolutions and matrix
+kernels that it starts, and the gigabytes that they read and write by its own note (kernel_num_gb); the encoder's batch has the
+pseudo-inputs, LPIPS the L1 loss beside it. The convolutions and matrix
 products, which it calls and does not generate, are counted by themselves (products): each one's arithmetic and its reading and
 writing in bf16, the time that each would take by the longer of the two (--tflops, --tb_per_s), and the time of the arithmetic
 alone; of a whole step, the flow's layers included. Nothing is timed. Flags of train.py are taken too.
@@ -37,8 +38,8 @@ H100 = types.SimpleNamespace(
     L2_cache_size=50 << 20, gcnArchName="")
 
 
-class Nothing:
-    """A context manager that takes any argument."""
+class NoContext:
+    """A context manager that takes any argument and does nothing."""
 
     def __init__(self, *_):
         pass
@@ -50,11 +51,12 @@ class Nothing:
         return False
 
 
-def pretend():
+def pretend_h100():
     """Let PyTorch and Triton believe that an H100 is there, and the model that it is compiled for one."""
     import triton
     from torch._dynamo.device_interface import CudaInterface
-    target = __import__("triton.backends.compiler", fromlist=["GPUTarget"]).GPUTarget("cuda", 90, 32)
+    from triton.backends.compiler import GPUTarget
+    target = GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(types.SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda *_: 0,
         get_active_torch_device=lambda: torch.device("cuda", 0), is_active=lambda: True))
@@ -65,7 +67,7 @@ def pretend():
                             _maybe_exchange_device=0, set_rng_state=None).items():
         setattr(cuda, name, lambda *_, value=value, **__: value)
     cuda.get_rng_state = lambda *_, **__: torch.empty(16, dtype=torch.uint8, device="cpu")
-    cuda.device = Nothing
+    cuda.device = NoContext
     for interface in (CudaInterface, CudaInterface.Worker):
         interface.get_device_properties = staticmethod(lambda *_, **__: H100)
     torch._C._cuda_getDevice = torch._C._cuda_getCurrentRawStream = lambda *_: 0
@@ -143,11 +145,12 @@ def generated(fake, work, inputs):
 
 def traffic(code):
     """(kernels started, gigabytes) of generated code."""
-    moved = {name: float(re.search(r"'kernel_num_gb': ([\d.e-]+)", kernel)[1]) for name, kernel in re.findall(
-        r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)'''", code, re.M | re.S)}
-    # (Each kernel's own text holds a call too, for a benchmark of it.)
-    calls = collections.Counter(re.findall(r"^\s+(triton_\w+)\.run\(", code, re.M))
-    return sum(calls[name] - 1 for name in moved), sum((calls[name] - 1) * gb for name, gb in moved.items())
+    kernel = re.compile(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)'''", re.M | re.S)
+    moved = {name: float(re.search(r"'kernel_num_gb': ([\d.e-]+)", text)[1]) for name, text in kernel.findall(code)}
+    # (Without their texts, most of which hold a call too, for a benchmark.)
+    calls = collections.Counter(re.findall(r"^\s+(triton_\w+)\.run\(", kernel.sub("", code), re.M))
+    assert moved and calls.keys() == moved.keys(), "another form of code than this was written for"
+    return calls.total(), sum(calls[name] * gb for name, gb in moved.items())
 
 
 class Products(TorchDispatchMode):
@@ -157,14 +160,16 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.found = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
         from torch.utils.flop_counter import flop_registry
         out = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
             flop = flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
             numbers = sum(t.numel() for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor))
-            if "backward" in str(function) and all(args[-1][:2]):                     # two products read the gradient
-                numbers += args[0].numel()
+            if function is torch.ops.aten.convolution_backward.default:
+                grad, x, weight, of_x, of_weight = *args[:3], *args[-1][:2]
+                # Each of its two products reads the gradient, and the other of input and weight.
+                numbers += grad.numel() * (of_x + of_weight - 1) - x.numel() * (not of_weight) - weight.numel() * (not of_x)
             self.found.append((flop, 2 * numbers))
         return out
 
@@ -191,13 +196,15 @@ def main():
                 **about}, cpu)
     model, lpips = trainer.model, train.with_fused_layers(trainer.lpips).to(memory_format=torch.channels_last)
     in_bf16 = train.RoundedWeights(model, model).copies
-    pretend()
+    pretend_h100()
     import torch._inductor.config as config
     config.force_disable_caches, config.compile_threads, config.benchmark_kernel = True, 1, True
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    pseudo = flags.num_components if flags.prior == "vamp" else 0
     with fake:
         x = torch.empty(size).to(memory_format=torch.channels_last)
-        parts = {"encoder": (model.encoder, (x,)), "decoder": (model.decoder, (eps.clone().requires_grad_(),)),
+        encoded = torch.empty(size[0] + pseudo, *size[1:]).to(memory_format=torch.channels_last)
+        parts = {"encoder": (model.encoder, (encoded,)), "decoder": (model.decoder, (eps.clone().requires_grad_(),)),
                  "LPIPS": (lpips, (x.clone().requires_grad_(), x))}
     total = collections.Counter()
     for name, (network, inputs) in parts.items():
@@ -218,7 +225,7 @@ def main():
             total.update(kernels=kernels, gigabytes=gigabytes)
             print_line({"case": f"{name}, {way}", "kernels": kernels, "gigabytes": rounded(gigabytes), **about}, cpu)
     print_line({"case": "all", "kernels": total["kernels"], "gigabytes": rounded(total["gigabytes"]),
-                "at_least_ms": rounded(total["gigabytes"] / args.tb_per_s), "own_limits": args.own_limits, **about}, cpu)
+                "by_memory_ms": rounded(total["gigabytes"] / args.tb_per_s), "own_limits": args.own_limits, **about}, cpu)
 
 
 if __name__ == "__main__":

@@ -272,7 +272,10 @@ def main():
             trainer = make_trainer(args, flags, images, lpips, device, settings["fast"][1])
             trainer.folder = Path(folder)
             going_on = types.SimpleNamespace(signum=None)
+            train.train_step(trainer, images[:args.batch_size].to(device), False)             # AdamW has its moments then
             works = (lambda: train.evaluate(trainer, trainer.lpips, held_out, going_on)), trainer.save
+            for work in works:                                  # a warm-up
+                work()
             validation, checkpoint = take_turns(works, args.rounds, device)
             report("validation", len(held_out), validation, device, **about)
             report("checkpoint", 1, checkpoint, device, **about)
