@@ -1333,8 +1333,10 @@ def dead_note(model, args, history):
     if not isinstance(dead, int) or model.prior_logits is not None or dead < max(1, model.num_components / 2):
         return None
     ways = "test.py --refit_weights draws by use, as --mixture_weights learned does from the start"
-    if model.prior == "vamp" and (args.get("pseudo_init") != "noise" or args.get("warmup_epochs")):
-        ways += ", and --pseudo_init noise --warmup_epochs 0 keeps more of them alive"
+    flags = ["--pseudo_init noise --warmup_epochs 0"] * (args.get("pseudo_init") != "noise" or bool(args.get("warmup_epochs")))
+    flags += ["--balance 1"] * (args.get("lpips_net", "none") != "none" and not args.get("balance"))
+    if model.prior == "vamp" and flags:
+        ways += f", and {' '.join(flags)} keeps more of them alive"
     return (f"note: {dead} of {model.num_components} components are dead, no image being encoded into them, and samples are "
             f"drawn from these as from the others; {ways} (README.md, Results)")
 

@@ -138,8 +138,11 @@ def test_pseudo_inputs_start_at_training_images_or_at_noise():
 
 
 @pytest.mark.parametrize("flags, dead, found", [
-    ((), 2, None), ((), 3, "and --pseudo_init noise --warmup_epochs 0 "), ((), "4", None), ((), None, None),
-    (("--pseudo_init", "noise"), 3, "and --pseudo_init noise --warmup_epochs 0 "),
+    ((), 2, None), ((), 3, "and --pseudo_init noise --warmup_epochs 0 keeps"), ((), "4", None), ((), None, None),
+    (("--pseudo_init", "noise"), 3, "and --pseudo_init noise --warmup_epochs 0 keeps"),
+    (("--lpips_net", "vgg"), 3, "and --pseudo_init noise --warmup_epochs 0 --balance 1 keeps"),
+    (("--lpips_net", "vgg", "--pseudo_init", "noise", "--warmup_epochs", 0), 3, "and --balance 1 keeps"),
+    (("--lpips_net", "vgg", "--pseudo_init", "noise", "--warmup_epochs", 0, "--balance", 0.5), 3, "from the start (README"),
     (("--pseudo_init", "noise", "--warmup_epochs", 0), 3, "; test.py --refit_weights draws by use, as "
      "--mixture_weights learned does from the start (README"),
     (("--prior", "mog"), 5, "does from the start (README"), (("--mixture_weights", "learned"), 5, None),
