@@ -690,14 +690,12 @@ def require_near(error, allowed):
 
 def fuse_lpips(trainer, blank):
     """Let a with_fused_layers train instead of LPIPS, if it computes here what that does; a note says if not."""
-    try:
+    def checked():
         fused = with_fused_layers(trainer.lpips)
-        error, allowed = check_fused_lpips(trainer.lpips, fused, (min(len(blank), 32), *blank.shape[1:]))
-        require_near(error, allowed)
-        problem = ""
-    except Exception as e:                                # as for the flow's kernels
-        problem = one_line(e)
-    problem = max(gather(problem))
+        require_near(*check_fused_lpips(trainer.lpips, fused, (min(len(blank), 32), *blank.shape[1:])))
+        return fused
+
+    fused, problem = tried(checked)
     if problem:
         print(f"note: the fused layers of LPIPS do not work here ({problem}); going on without them")
     else:
@@ -1081,17 +1079,22 @@ def can_fuse_lpips(args, device, amp):
             and not args.deterministic)                   # the call knows no such promise
 
 
+def tried(work):
+    """What work() returns, and a line about what it failed with in this process or another, "" if in none: all use what it
+    prepares, or none. (A compiler can fail in any way; training need not.)"""
+    result = problem = ""
+    try:
+        result = work()
+    except Exception as e:
+        problem = one_line(e)
+    return result, max(gather(problem))
+
+
 def fuse_flow(flow, batch_size):
     """Let Triton's kernels train the flow, if they compute here what its layers do; a note says if not."""
     print("kernels     for the flow (compiled at their first use)", flush=True)
     start = time.monotonic()
-    try:
-        error, allowed = check_fused(flow, batch_size)
-        require_near(error, allowed)
-        problem = ""
-    except Exception as e:                                # as for the compiler, below
-        problem = one_line(e)
-    problem = max(gather(problem))                        # all processes use them, or none
+    _, problem = tried(lambda: require_near(*check_fused(flow, batch_size)))
     if problem:
         print(f"note: the flow's kernels do not work here ({problem}); going on without them")
     else:
@@ -1120,7 +1123,8 @@ def compile_step(trainer, batch, amp):
     print("compiling   (up to a minute or two; --no-compile starts at once)", flush=True)
     start, eager, parts = time.monotonic(), trainer.criterion, parts_to_compile(trainer.model)
     networks = {trainer.model.encoder, trainer.model.decoder} if trainer.device.type == "cuda" else ()
-    try:
+
+    def compiled():
         known = torch._inductor.list_options()
         options = {name: value for name, value in DO_AGAIN.items() if name in known}           # another version may lack one
         for part in parts:
@@ -1130,10 +1134,8 @@ def compile_step(trainer, batch, amp):
         x, eps = prepared(batch, None), torch.zeros(len(batch), trainer.args.latent_dim, device=trainer.device)
         terms, usage = forward(trainer, x, eps, amp)
         sum([*terms.values(), *([] if usage is None else [usage.sum()])]).backward()
-        problem = ""
-    except Exception as e:                                # a compiler can fail in any way; training need not
-        problem = one_line(e)
-    problem = max(gather(problem))                        # all processes compile, or none
+
+    _, problem = tried(compiled)
     if problem:
         trainer.criterion = eager
         for part in parts:

@@ -6,10 +6,10 @@
 Encoder, decoder and LPIPS-VGG with its fused layers, forward and backward, are traced on the CPU on tensors without contents,
 in bf16 and channels_last, and PyTorch's Inductor generates its code for an H100 that is not there. A JSON line each: the
 kernels that it starts, and the gigabytes that they read and write by its own note (kernel_num_gb); the encoder's batch has the
-pseudo-inputs, LPIPS the L1 loss beside it. The convolutions and matrix
-products, which it calls and does not generate, are counted by themselves (products): each one's arithmetic and its reading and
-writing in bf16, the time that each would take by the longer of the two (--tflops, --tb_per_s), and the time of the arithmetic
-alone; of a whole step, the flow's layers included. Nothing is timed. Flags of train.py are taken too.
+pseudo-inputs, LPIPS the L1 loss beside it. The convolutions and matrix products, which it calls and does not generate, are
+counted by themselves (products): each one's arithmetic and its reading and writing in bf16, the time that each would take by
+the longer of the two (--tflops, --tb_per_s), and the time of the arithmetic alone; of a whole step, the flow's layers
+included. Nothing is timed. Flags of train.py are taken too.
 
 It replaces parts of PyTorch that would ask a driver, and was written for PyTorch 2.14.
 """
